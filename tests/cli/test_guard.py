@@ -1,0 +1,42 @@
+import pytest
+
+from rwkvpeft.cli.guard import guarded
+from rwkvpeft.errors import UserError
+
+
+def fail_with(error):
+    def body():
+        raise error
+
+    return body
+
+
+def test_a_body_gives_its_own_exit_code():
+    assert guarded(lambda: 0) == 0
+
+
+def test_a_user_error_is_one_message_and_code_2(capsys):
+    code = guarded(fail_with(UserError("no such file", found="a.pth", fix="--load_model b.pth")))
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err == "error: no such file\n  found     a.pth\n  try       --load_model b.pth\n"
+
+
+def test_debug_lets_the_traceback_through():
+    with pytest.raises(UserError):
+        guarded(fail_with(UserError("no such file")), debug=True)
+
+
+def test_an_interrupt_gives_130():
+    assert guarded(fail_with(KeyboardInterrupt())) == 130
+
+
+def test_a_closed_pipe_is_quiet(capsys):
+    assert guarded(fail_with(BrokenPipeError())) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        guarded(fail_with(ZeroDivisionError()))
