@@ -1,0 +1,111 @@
+"""The part all versions share: embedding, blocks, final norm, head; recurrent state in and out.
+
+Letters: B batch, T tokens, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkvpeft.models.layers import LayerNorm, Linear
+from rwkvpeft.models.shape import ModelShape
+from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
+
+Wkv = Callable[..., tuple[Tensor, Tensor]]
+
+
+class TimeMixing(nn.Module):
+    """What every version's time mixing answers to."""
+
+    time_state: nn.Parameter | None
+
+    def forward(
+        self, x: Tensor, first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Mix (B, T, C) along time.
+
+        Returns: the update of the residual stream (B, T, C); layer 0's value, which v7's later layers take part of
+        (None elsewhere); the last token (B, C) and the memory (B, H, N, N) for the next call.
+        """
+        raise NotImplementedError
+
+    def initial_memory(self, x: Tensor, memory: Tensor | None) -> Tensor | None:
+        """The memory to start from: the given one, or the tuned ``time_state`` of a fresh sequence, or None."""
+        if memory is None and self.time_state is not None:
+            # the recurrence runs in fp32 whatever the activations are, and in fp64 when they are
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return self.time_state.to(dtype).expand(x.shape[0], -1, -1, -1)
+        return memory
+
+
+class Block(nn.Module):
+    """Time mixing, then channel mixing, each on a normed copy and added to the residual stream."""
+
+    def __init__(self, shape: ModelShape, layer: int, att: TimeMixing, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ln0 = LayerNorm(shape.n_embd) if layer == 0 else None
+        self.ln1 = LayerNorm(shape.n_embd)
+        self.ln2 = LayerNorm(shape.n_embd)
+        self.att = att
+        self.ffn = ffn
+        self.dropout = 0.0
+
+    def forward(
+        self, x: Tensor, first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """Return the residual stream (B, T, C), layer 0's value, and the state after the last token."""
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        update, first_value, time_shift, memory = self.att(self.ln1(x), first_value, state)
+        x = x + F.dropout(update, self.dropout, self.training)
+        update, channel_shift = self.ffn(self.ln2(x), state.channel_shift)
+        x = x + F.dropout(update, self.dropout, self.training)
+        return x, first_value, BlockState(time_shift, memory, channel_shift)
+
+
+class Rwkv(nn.Module):
+    """An RWKV language model. Parameter names are those of the official checkpoints (see ``models/names.py``).
+
+    ``compute_dtype`` is the dtype of the activations; ``checkpointing`` recomputes each block's activations in the
+    backward pass.
+    """
+
+    def __init__(self, shape: ModelShape, blocks: list[Block]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = torch.float32
+        self.checkpointing = False
+        self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_out = LayerNorm(shape.n_embd)
+        self.head = Linear(shape.n_embd, shape.vocab_size)
+
+    def hidden(self, tokens: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
+        """Run all but the head.
+
+        Args:
+            tokens: (B, T) int64.
+            state: what earlier tokens left behind; None means a fresh sequence.
+        Returns: (B, T, C) after the final norm, and the state after the last token.
+        """
+        blocks = (fresh_state(self.shape.n_layer) if state is None else state).blocks
+        x = self.emb(tokens).to(self.compute_dtype)
+        first_value: Tensor | None = None
+        after = []
+        for block, block_state in zip(self.blocks, blocks, strict=True):
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x, first_value, left = checkpoint(block, x, first_value, block_state, use_reentrant=False)
+            else:
+                x, first_value, left = block(x, first_value, block_state)
+            after.append(left)
+        return self.ln_out(x), RecurrentState(tuple(after))
+
+    def forward(self, tokens: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
+        """Logits (B, T, V) of the token after each token, and the state after the last one. See ``hidden``."""
+        hidden, state = self.hidden(tokens, state)
+        return self.head(hidden), state

@@ -1,0 +1,67 @@
+"""Layers all versions share. Each computes in the dtype of its input, whatever dtype its parameters have.
+
+Frozen weights rest in the compute dtype and are used as they are; trained ones are fp32 and are cast here, so that
+small steps are not lost to rounding. Letters: B batch, T tokens, C channels, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """A matrix without bias: (..., in) to (..., out). ``weight`` is (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the weight, in the dtype of ``x``."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing the model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, eps 1e-5."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C)."""
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+
+
+class HeadNorm(nn.Module):
+    """Group norm with one group per head, over each token alone.
+
+    v5 divides its input by ``head_size_divisor`` and uses eps 1e-5; v6 and v7 use eps 1e-5 * divisor^2. The two are
+    the same function, so that there is one form here.
+    """
+
+    def __init__(self, channels: int, heads: int, divisor: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.eps = 1e-5 * divisor**2
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each head of (B, T, H, N) and join the heads: (B, T, C)."""
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2)
+        return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """A parameter whose values come from a checkpoint or from the version's initial weights."""
+    return nn.Parameter(torch.empty(*shape))

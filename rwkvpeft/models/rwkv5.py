@@ -1,0 +1,127 @@
+"""RWKV v5.2 ("x052", Eagle): a matrix memory with a fixed decay per channel.
+
+Letters: B batch, T tokens, C channels, H heads, N head size. Source: Eagle and Finch paper (arXiv 2404.05892) and
+RWKV-LM, RWKV-v5/src/model.py. Tensor names are explained in ``models/names.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkvpeft.models.backbone import Block, Rwkv, TimeMixing, Wkv
+from rwkvpeft.models.channel_mix import GatedChannelMix
+from rwkvpeft.models.initialise import decay_and_bonus, depth_ratios, orthogonal, position, shared_weights
+from rwkvpeft.models.layers import HeadNorm, Linear, parameter
+from rwkvpeft.models.shape import ModelShape
+from rwkvpeft.models.state import BlockState
+from rwkvpeft.ops.token_shift import last_token, mix_with_previous
+
+
+class TimeMix(TimeMixing):
+    """Read and write a per-head memory that decays at a fixed rate per channel."""
+
+    time_mix_k: nn.Parameter
+    time_mix_v: nn.Parameter
+    time_mix_r: nn.Parameter
+    time_mix_g: nn.Parameter
+
+    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float) -> None:
+        super().__init__()
+        channels, width = shape.n_embd, shape.dim_att
+        self.heads = shape.n_head
+        self.wkv = wkv
+        for letter in ("k", "v", "r", "g"):
+            self.register_parameter(f"time_mix_{letter}", parameter(1, 1, channels))
+        self.time_decay = parameter(shape.n_head, shape.head_size)
+        self.time_faaaa = parameter(shape.n_head, shape.head_size)
+        self.receptance = Linear(channels, width)
+        self.key = Linear(channels, width)
+        self.value = Linear(channels, width)
+        self.gate = Linear(channels, width)
+        self.output = Linear(width, channels)
+        self.ln_x = HeadNorm(width, shape.n_head, divisor)
+        self.register_parameter("time_state", None)
+
+    def forward(
+        self, x: Tensor, first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """See ``TimeMixing.forward``."""
+        # v5 stores the share of the token itself; the mixing takes that of its predecessor
+        mixes = tuple(1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g))
+        x_k, x_v, x_r, x_g = mix_with_previous(x, state.time_shift, mixes)
+        r, k, v = (
+            part.unflatten(-1, (self.heads, -1)) for part in (self.receptance(x_r), self.key(x_k), self.value(x_v))
+        )
+        memory = self.initial_memory(x, state.memory)
+        decay, bonus = self.time_decay.to(x.dtype), self.time_faaaa.to(x.dtype)
+        read, memory = self.wkv(r=r, w=decay, k=k, v=v, u=bonus, state=memory)
+        update = self.output(self.ln_x(read) * F.silu(self.gate(x_g)))
+        return update, first_value, last_token(x, state.time_shift), memory
+
+
+class ChannelMix(GatedChannelMix):
+    """Gated squared ReLU."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        self.time_mix_k = parameter(1, 1, shape.n_embd)
+        self.time_mix_r = parameter(1, 1, shape.n_embd)
+
+    def shift_mixes(self) -> tuple[Tensor, Tensor]:
+        """See ``GatedChannelMix.shift_mixes``."""
+        return 1 - self.time_mix_k, 1 - self.time_mix_r
+
+
+class Rwkv5(Rwkv):
+    """RWKV v5.2."""
+
+    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
+        super().__init__(
+            shape,
+            [
+                Block(shape, layer, TimeMix(shape, wkv, head_size_divisor), ChannelMix(shape))
+                for layer in range(shape.n_layer)
+            ],
+        )
+
+    @staticmethod
+    def initial_weights(shape: ModelShape) -> dict[str, Tensor]:
+        """Untrained weights as RWKV-LM's RWKV-v5 trainer draws them; seeded by torch's generator."""
+        weights = shared_weights(shape)
+        for layer in range(shape.n_layer):
+            weights.update(_initial_block(shape, layer))
+        return weights
+
+
+_SQUARE_GAINS = (("receptance", 1.0), ("value", 1.0), ("gate", 0.1))
+
+
+def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
+    channels, width = shape.n_embd, shape.dim_att
+    rising, falling = depth_ratios(layer, shape.n_layer)
+    channel = position(channels)
+    decay, bonus = decay_and_bonus(shape, layer)
+    square = {name: orthogonal(width, channels, gain) for name, gain in _SQUARE_GAINS}
+    att = {f"{name}.weight": tensor for name, tensor in square.items()} | {
+        "time_mix_k": channel**falling,
+        "time_mix_v": channel**falling + 0.3 * rising,
+        "time_mix_r": channel ** (0.5 * falling),
+        "time_mix_g": channel ** (0.5 * falling),
+        "time_decay": decay.view(shape.n_head, shape.head_size),
+        "time_faaaa": bonus.view(shape.n_head, shape.head_size),
+        "key.weight": orthogonal(width, channels, 0.1),
+        "output.weight": torch.zeros(channels, width),
+    }
+    ffn = {
+        "time_mix_k": channel**falling,
+        "time_mix_r": channel**falling,
+        "key.weight": orthogonal(shape.dim_ffn, channels, 1.0),
+        "receptance.weight": torch.zeros(channels, channels),
+        "value.weight": torch.zeros(channels, shape.dim_ffn),
+    }
+    prefix = f"blocks.{layer}"
+    return {f"{prefix}.att.{name}": tensor for name, tensor in att.items()} | {
+        f"{prefix}.ffn.{name}": tensor for name, tensor in ffn.items()
+    }

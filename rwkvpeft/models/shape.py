@@ -1,0 +1,169 @@
+"""What a checkpoint tells about its model: version and every size, read from tensor names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rwkvpeft.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Version and sizes of a model. A rank of 0 means that the version has no such low-rank pair."""
+
+    version: str
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    dim_att: int
+    dim_ffn: int
+    head_size: int
+    decay_rank: int = 0
+    learning_rate_rank: int = 0
+    value_rank: int = 0
+    gate_rank: int = 0
+    mix_rank: int = 0
+
+    @property
+    def n_head(self) -> int:
+        """Heads of the time mixing."""
+        return self.dim_att // self.head_size
+
+
+_SIGNATURES = (
+    ("x070", ("blocks.0.att.x_r", "blocks.0.att.r_k", "blocks.0.att.w1")),
+    ("x060", ("blocks.0.att.time_maa_x", "blocks.0.att.time_decay_w1")),
+    ("x052", ("blocks.0.att.time_mix_g", "blocks.0.att.time_faaaa")),
+)
+
+_FOREIGN = (
+    ("blocks.0.att.time_mix_k", "RWKV v4, v5.0 or v5.1, which this toolkit does not train"),
+    ("model.layers.0.attn.r_proj.weight", "the layout of flash-linear-attention and Hugging Face"),
+    ("model.embeddings.weight", "the layout of flash-linear-attention and Hugging Face"),
+    ("rwkv.embeddings.weight", "the layout of Hugging Face transformers"),
+    ("model.embed_tokens.weight", "a transformer in the layout of Hugging Face"),
+)
+
+
+def normalise_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Strip what trainers put before every name (``_forward_module.``, ``model.``, ``_orig_mod.`` and so on)."""
+    prefixes = [name[: -len("emb.weight")] for name in tensors if name.endswith("emb.weight")]
+    for prefix in prefixes:
+        if prefix and f"{prefix}blocks.0.ln1.weight" in tensors:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _version(tensors: Mapping[str, Tensor], source: str) -> str:
+    for version, signature in _SIGNATURES:
+        if all(name in tensors for name in signature):
+            return version
+    for name, meaning in _FOREIGN:
+        if name in tensors:
+            raise UserError(
+                f"{source} is not a checkpoint of RWKV v5.2, v6 or v7",
+                found=f"{name}: {meaning}",
+                fix="use the official .pth of the model",
+            )
+    if any(".lora_A" in name or name.endswith(".time_state") for name in tensors):
+        raise UserError(f"{source} is an adapter or a tuned state, not a model", fix="give the base model's .pth here")
+    raise UserError(
+        f"{source} is not an RWKV checkpoint",
+        found=f"{len(tensors)} tensors: " + ", ".join(list(tensors)[:3]),
+        expected="tensors named emb.weight, blocks.0.att..., head.weight",
+    )
+
+
+def read_shape(tensors: Mapping[str, Tensor], source: str = "the file") -> ModelShape:
+    """Read version and sizes from tensors with official names.
+
+    Args:
+        source: how messages name the file.
+    Raises: UserError if it is not a v5.2, v6 or v7 checkpoint, or if a tensor that tells a size is missing.
+    """
+    version = _version(tensors, source)
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    if layers != set(range(len(layers))):
+        missing = sorted(set(range(max(layers))) - layers)
+        raise UserError(
+            f"{source} lacks whole blocks",
+            found=f"no tensors of block {missing[0]}",
+            fix="download it again: the file is incomplete",
+        )
+
+    def size(name: str, axis: int) -> int:
+        if name not in tensors:
+            raise UserError(f"{source} lacks the tensor {name}", fix="download it again: the file is incomplete")
+        return tensors[name].shape[axis]
+
+    heads = {"x052": "time_decay", "x060": "time_faaaa", "x070": "r_k"}[version]
+    ranks: dict[str, int] = {}
+    if version == "x060":
+        ranks = {"decay_rank": size("blocks.0.att.time_decay_w1", 1), "mix_rank": size("blocks.0.att.time_maa_w2", 1)}
+    if version == "x070":
+        # block 0 takes no value from an earlier layer: old files lack its v1
+        value_block = 1 if "blocks.1.att.v1" in tensors else 0
+        value_rank = size(f"blocks.{value_block}.att.v1", 1) if f"blocks.{value_block}.att.v1" in tensors else 32
+        ranks = {
+            "decay_rank": size("blocks.0.att.w1", 1),
+            "learning_rate_rank": size("blocks.0.att.a1", 1),
+            "value_rank": value_rank,
+            "gate_rank": size("blocks.0.att.g1", 1),
+        }
+    return ModelShape(
+        version=version,
+        n_layer=len(layers),
+        n_embd=size("emb.weight", 1),
+        vocab_size=size("head.weight", 0),
+        dim_att=size("blocks.0.att.receptance.weight", 0),
+        dim_ffn=size("blocks.0.ffn.key.weight", 0),
+        head_size=size(f"blocks.0.att.{heads}", 1) if tensors[f"blocks.0.att.{heads}"].dim() == 2 else 64,
+        **ranks,
+    )
+
+
+def new_shape(
+    version: str,
+    *,
+    n_layer: int,
+    n_embd: int,
+    vocab_size: int,
+    head_size: int = 64,
+    dim_att: int = 0,
+    dim_ffn: int = 0,
+) -> ModelShape:
+    """The sizes RWKV-LM gives a new model.
+
+    Args:
+        dim_att: 0 means ``n_embd``.
+        dim_ffn: 0 means 4 x n_embd for v7, otherwise 3.5 x n_embd rounded down to a multiple of 32.
+    Source: RWKV-LM, RWKV-v5/train.py (sizes) and RWKV-v7/train_temp/src/model.py (ranks).
+    """
+
+    def rank(factor: float) -> int:
+        return max(32, round(factor * n_embd**0.5 / 32) * 32)
+
+    ranks = {
+        "x052": {},
+        "x060": {"decay_rank": 64, "mix_rank": 32},
+        "x070": {
+            "decay_rank": rank(2.5),
+            "learning_rate_rank": rank(2.5),
+            "value_rank": rank(1.7),
+            "gate_rank": rank(5.0),
+        },
+    }[version]
+    return ModelShape(
+        version=version,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        dim_att=dim_att or n_embd,
+        dim_ffn=dim_ffn or (n_embd * 4 if version == "x070" else int(n_embd * 3.5) // 32 * 32),
+        head_size=head_size,
+        **ranks,
+    )

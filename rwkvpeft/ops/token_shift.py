@@ -1,0 +1,39 @@
+"""The token before each token.
+
+Letters: B batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift_tokens(x: Tensor, last: Tensor | None = None) -> Tensor:
+    """Return what each position's predecessor holds.
+
+    Args:
+        x: (B, T, C).
+        last: (B, C), the token before the first one, from the state; None means zeros.
+    Returns: (B, T, C) in the dtype of ``x``.
+    """
+    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.to(x.dtype).unsqueeze(1)
+    return torch.cat((first, x[:, :-1]), dim=1) if x.shape[1] else x
+
+
+def last_token(x: Tensor, before: Tensor | None = None) -> Tensor | None:
+    """The last token of (B, T, C), (B, C); with T = 0 the one that came before."""
+    return x[:, -1] if x.shape[1] else before
+
+
+def mix_with_previous(x: Tensor, last: Tensor | None, mixes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Move each token towards its predecessor, by several vectors of shares at once.
+
+    Args:
+        x: (B, T, C).
+        last: see ``shift_tokens``.
+        mixes: shares of the predecessor, each broadcastable to (1, 1, C).
+    Returns: one (B, T, C) for each entry of ``mixes``: x + (previous - x) * mix.
+    """
+    towards = shift_tokens(x, last) - x
+    return tuple(torch.addcmul(x, towards, mix.to(x.dtype)) for mix in mixes)
