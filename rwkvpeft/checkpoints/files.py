@@ -1,0 +1,86 @@
+"""Tensor files: written whole or not at all, read without running anything they contain."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkvpeft.atomic import write_whole
+from rwkvpeft.errors import UserError
+
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES = 64
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a flat dict of tensors as a ``.pth``; a crash at any moment leaves an older file whole.
+
+    Tensors are detached, moved to the CPU and made contiguous; aliases of one storage are written once each.
+    Raises: UserError if the file cannot be written.
+    """
+    plain = {name: _own_storage(tensor) for name, tensor in tensors.items()}
+    write_whole(path, lambda partial: torch.save(plain, partial))
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    # a view would drag its whole storage into the file
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Read a ``.pth`` of tensors through a memory map; nothing but tensors is ever unpickled.
+
+    Files of the old, non-zip format are read into memory. A checkpoint that nests its weights under ``state_dict``,
+    ``module`` or ``model`` is unwrapped.
+    Raises: UserError if the file is missing, broken, or holds anything but tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}", expected="a .pth file of tensors", fix="check the path")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as reason:
+        raise UserError(
+            f"{path} holds more than tensors and is not opened",
+            found=str(reason).strip().splitlines()[0],
+            expected="a file of tensors by name, as torch.save(model.state_dict(), path) writes it",
+        ) from reason
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as reason:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint",
+            found=str(reason).strip().splitlines()[0] if str(reason).strip() else "a file cut short",
+            expected="a complete .pth file",
+            fix="download or copy it again and compare its size",
+        ) from reason
+    for key in ("state_dict", "module", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+    ):
+        raise UserError(f"{path} is not a dict of tensors by name", found=type(loaded).__name__)
+    return loaded
+
+
+def fingerprint(path: Path | str) -> str:
+    """A short hash that tells two checkpoints apart without reading all of a large file.
+
+    BLAKE2b over the file's size and 64 samples of 64 KiB spread evenly over it, the first and last bytes included.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    last = max(size - _SAMPLE_BYTES, 0)
+    with path.open("rb") as file:
+        for offset in sorted({last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)}):
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
