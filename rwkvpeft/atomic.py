@@ -1,36 +1,64 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all: written beside their place, made durable, then renamed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rwkvpeft.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, flush it to the disk, and rename it into place.
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place; a crash at any moment leaves an older file whole.
 
-    A crash, a full disk or Ctrl-C at any moment leaves an older ``path`` as it was.
-    Raises: UserError if the folder or the file cannot be written.
+    Args:
+        path: where the file is to appear. Its folder must exist.
+        write: is given the path of the partial file, on the same file system and with the same suffix.
+    Raises:
+        UserError: the file cannot be written (permission, full disk, missing folder). Whatever else ``write`` raises
+            passes through. In both cases nothing of the partial file stays behind.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(path.parent)
-    except OSError as reason:
-        raise UserError(f"{path} cannot be written", found=reason.strerror or str(reason)) from reason
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = partial_beside(path)
+    with writing(path):
+        try:
+            write(partial)
+            make_durable(partial)
+            os.replace(partial, path)
+            make_durable(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def partial_beside(path: Path) -> Path:
+    """A fresh hidden name in the folder of ``path``, with its suffix, for what is not complete yet."""
+    return path.with_name(f".{path.stem}.partial-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def make_durable(path: Path) -> None:
+    """Return when a file's bytes, or a folder's list of names, are on the disk."""
+    if path.is_dir():
+        # Windows cannot open a folder; its renames are journalled
+        if os.name == "nt":
+            return
+        flags = os.O_RDONLY
+    else:
+        flags = os.O_RDWR
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses in this block into a UserError that names ``path``."""
+    try:
+        yield
+    except OSError as reason:
+        raise UserError(f"cannot write {path}", found=reason.strerror or str(reason)) from reason
