@@ -13,7 +13,7 @@ from rwkvpeft.errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place; a crash at any moment leaves an older file whole.
+    """Let ``write`` fill a file beside ``path``, then put it in place: a crash leaves an older file whole.
 
     Args:
         path: where the file is to appear. Its folder must exist.
