@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rwkvpeft.errors import UserError
@@ -30,7 +29,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(partial, path)
             make_durable(path.parent)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            # the first reason counts, not that the rest cannot be removed
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise
 
 
@@ -55,7 +56,7 @@ def make_durable(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses in this block into a UserError that names ``path``."""
     try:
