@@ -15,14 +15,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in place: a crash leaves an older file whole.
 
     Args:
-        path: where the file is to appear. Its folder must exist.
+        path: where the file is to appear; its folder is made if it is missing.
         write: is given the path of the partial file, on the same file system and with the same suffix.
     Raises:
-        UserError: the file cannot be written (permission, full disk, missing folder). Whatever else ``write`` raises
+        UserError: the file cannot be written (permission, full disk). Whatever else ``write`` raises
             passes through. In both cases nothing of the partial file stays behind.
     """
     partial = partial_beside(path)
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(partial)
             make_durable(partial)
@@ -43,12 +44,14 @@ def partial_beside(path: Path) -> Path:
 def make_durable(path: Path) -> None:
     """Return when a file's bytes, or a folder's list of names, are on the disk."""
     if path.is_dir():
-        # Windows cannot open a folder; its renames are journalled
-        if os.name == "nt":
-            return
-        flags = os.O_RDONLY
+        # Windows and some network file systems cannot flush a folder; there a rename is as durable as it gets
+        with contextlib.suppress(OSError):
+            _flush(path, os.O_RDONLY)
     else:
-        flags = os.O_RDWR
+        _flush(path, os.O_RDWR)
+
+
+def _flush(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
