@@ -33,8 +33,12 @@ class ModelConfig:
 class DataConfig:
     """What to train on, and how it becomes rows of tokens."""
 
-    data_file: str = flag("", help="training data: PREFIX of PREFIX.bin and PREFIX.idx, or a .jsonl file", metavar="FILE")
-    data_type: str = flag("binidx", help="format of the data", choices=("binidx", "jsonl"))
+    data_file: str = flag(
+        "", help="training data: PREFIX of PREFIX.bin and PREFIX.idx, or a .jsonl file", metavar="FILE"
+    )
+    data_type: str = flag(
+        "binidx", help="format of the data; a file named .jsonl is jsonl", choices=("binidx", "jsonl")
+    )
     ctx_len: int | None = flag(None, help="tokens per row; by method: state 512, otherwise 1024", unit="tokens")
     dataload: str = flag(
         "pad",
@@ -50,9 +54,7 @@ class DataConfig:
         {"mask0": "0", "mask1": "1"}, help="the two marker texts of --loss_mask se", metavar="JSON"
     )
     data_shuffle: int = flag(1, help="1: seeded order without replacement; 0: the file's order", choices=("0", "1"))
-    tokenizer: str = flag(
-        "world", help="world, bytes, utf-16le, or the path of a vocabulary file", metavar="NAME|FILE"
-    )
+    tokenizer: str = flag("world", help="world, bytes, utf-16le, or the path of a vocabulary file", metavar="NAME|FILE")
     text_key: str = flag("text", help="the jsonl field that holds a whole document", metavar="NAME")
     magic_prime: int = flag(0, help="with --dataload get: RWKV-LM's order of windows; 0: seeded random windows")
     num_workers: int = flag(0, help="processes that prepare batches; 0: the training process itself")
@@ -85,8 +87,12 @@ class ScheduleConfig:
 class OptimizerConfig:
     """The step the optimizer takes."""
 
-    optim: str = flag("none", help="none and adam: Adam, decoupled decay when --weight_decay > 0; adamw: the same",
-                      choices=("none", "adam", "adamw"), alias="optimizer")
+    optim: str = flag(
+        "none",
+        help="none and adam: Adam, decoupled decay when --weight_decay > 0; adamw: the same",
+        choices=("none", "adam", "adamw"),
+        alias="optimizer",
+    )
     beta1: float = flag(0.9, help="decay of the first moment")
     beta2: float = flag(0.99, help="decay of the second moment")
     adam_eps: float = flag(1e-8, help="added to the root of the second moment")
@@ -101,15 +107,21 @@ class OptimizerConfig:
 class MethodConfig:
     """What is trained, and on top of what."""
 
-    peft: str = flag("none", help="none: every weight; lora; state: initial memories only",
-                     choices=("none", "lora", "state"))
-    peft_config: dict[str, Any] = flag({}, help="the method's settings, see its section below", metavar="JSON")
-    train_parts: list[str] = flag(
-        ["time", "ln"], help="trained beside a LoRA adapter: time, ln, emb, head, or none", metavar="PART"
+    peft: str = flag(
+        "none", help="none: every weight; lora; state: initial memories only", choices=("none", "lora", "state")
     )
-    train_type: str = flag("none", help="state and states mean --peft state", choices=("none", "state", "states"))
+    peft_config: dict[str, Any] = flag(
+        {}, help="the method's settings; --peft METHOD --help lists them", metavar="JSON"
+    )
+    adapter: str = flag("", help="start from this adapter file instead of new values", metavar="FILE")
+    train_parts: list[str] = flag(
+        ["time", "ln"],
+        help="base parameters trained beside a LoRA adapter",
+        metavar="PART",
+        choices=("time", "ln", "emb", "head", "none"),
+    )
     merge: int | None = flag(
-        None, help="1: write merged models, the adapter beside them; 0: the adapter alone; by method", choices=("0", "1")
+        None, help="1: write merged models, the adapter beside them; 0: the adapter alone (chosen)", choices=("0", "1")
     )
     dropout: float = flag(0.0, help="dropout of each block's two updates")
 
@@ -123,11 +135,17 @@ class RuntimeConfig:
     num_nodes: int = flag(1, help="machines")
     strategy: str = flag("auto", help="how devices share the work")
     precision: str | None = flag(
-        None, help="arithmetic; by machine: bf16 on a GPU that has it, otherwise fp32",
+        None,
+        help="arithmetic; by machine: bf16 on a GPU that has it, otherwise fp32",
         choices=("fp32", "tf32", "bf16", "fp16"),
     )
     grad_cp: int = flag(0, help="1: recompute activations in backward, less memory, more time", choices=("0", "1"))
-    op: str = flag("auto", help="which program computes the WKV recurrence; auto: the fastest that can")
+    op: str = flag(
+        "auto",
+        help="which program computes the WKV recurrence; auto: the fastest that can; any other: that or an error",
+        metavar="NAME",
+    )
+    fla: bool = flag(False, help="take flash-linear-attention where it can run, otherwise what --op auto takes")
     random_seed: int = flag(-1, help="seed of data order, initial values and dropout; -1: a new one, printed")
     debug: bool = flag(False, help="show the traceback of a user error")
 

@@ -1,0 +1,181 @@
+"""Which settings go together, and which files must be there before anything heavy begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rwkvpeft.config.findings import Findings, nearest
+from rwkvpeft.config.groups import DataConfig, ModelConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+
+_AT_LEAST: dict[str, dict[str, float]] = {
+    "data": {"ctx_len": 1, "num_workers": 0, "preview": 0, "magic_prime": 0},
+    "schedule": {
+        "epoch_steps": 0,
+        "epoch_count": 1,
+        "epoch_begin": 0,
+        "micro_bsz": 1,
+        "accumulate_grad_batches": 1,
+        "lr_final": 0,
+        "warmup_steps": -1,
+    },
+    "optimizer": {"weight_decay": 0, "grad_clip": 0, "logit_penalty": 0},
+    "runtime": {"devices": 1, "num_nodes": 1},
+    "output": {"epoch_save": 1, "save_steps": 0},
+}
+
+
+def check_values(config: TrainConfig, findings: Findings) -> None:
+    """Note every value out of its range and every pair of settings that exclude each other."""
+    for group, limits in _AT_LEAST.items():
+        for name, least in limits.items():
+            value = getattr(getattr(config, group), name)
+            if value is not None and value < least:
+                findings.add(f"--{name} is too small", found=value, expected=f"{least:g} or more")
+    _check_model(config.model, findings)
+    _check_data(config.data, config.schedule, findings)
+    _check_rates(config.schedule, config.optimizer, findings)
+    _check_method(config, findings)
+    _check_runtime(config.runtime, findings)
+
+
+def _check_model(model: ModelConfig, findings: Findings) -> None:
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size_a"):
+        value = getattr(model, name)
+        findings.check(value is None or value > 0, f"--{name} is too small", found=value, expected="1 or more")
+    findings.check(model.head_size_divisor > 0, "--head_size_divisor must be above 0", found=model.head_size_divisor)
+    if model.load_model in ("", "0"):
+        findings.add(
+            "no base model is given; training from scratch is not available yet", fix="--load_model PATH/TO/MODEL.pth"
+        )
+
+
+def _check_data(data: DataConfig, schedule: ScheduleConfig, findings: Findings) -> None:
+    findings.check(
+        bool(data.data_file), "no training data is given", fix="--data_file PREFIX-of-.bin-and-.idx or FILE.jsonl"
+    )
+    if data.dataload == "only":
+        findings.check(
+            schedule.micro_bsz == 1,
+            "--dataload only needs --micro_bsz 1: its rows differ in length",
+            found=schedule.micro_bsz,
+            fix="--micro_bsz 1, with --accumulate_grad_batches for larger steps",
+        )
+    if data.magic_prime:
+        findings.check(
+            data.dataload == "get",
+            "--magic_prime has no effect without --dataload get",
+            found=f"--dataload {data.dataload}",
+        )
+    if data.loss_mask == "se":
+        markers = [data.mask_id.get(name) for name in ("mask0", "mask1")]
+        findings.check(
+            all(isinstance(marker, str) and marker for marker in markers),
+            "--loss_mask se needs two marker texts",
+            found=data.mask_id,
+            expected='{"mask0": "start", "mask1": "end"}',
+        )
+    unread = sorted(set(data.mask_id) - {"mask0", "mask1"})
+    findings.check(not unread, "--mask_id has unknown keys", found=unread, expected=["mask0", "mask1"])
+    if data.num_workers == 0:
+        for name in ("persistent_workers", "prefetch_factor"):
+            findings.check(
+                not getattr(data, name), f"--{name} has no effect without data workers", fix=f"--num_workers 2 --{name}"
+            )
+
+
+def _check_rates(schedule: ScheduleConfig, optimizer: OptimizerConfig, findings: Findings) -> None:
+    findings.check((schedule.lr_init or 0) > 0, "--lr_init must be above 0", found=schedule.lr_init)
+    if schedule.lr_schedule == "exp":
+        findings.check(
+            (schedule.lr_final or 0) > 0, "--lr_schedule exp needs --lr_final above 0", found=schedule.lr_final
+        )
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        findings.check(0 <= value < 1, f"--{name} is out of range", found=value, expected="0 up to below 1")
+    findings.check(optimizer.adam_eps > 0, "--adam_eps must be above 0", found=optimizer.adam_eps)
+    final = optimizer.weight_decay_final
+    findings.check(
+        final == -1 or final >= 0, "--weight_decay_final is out of range", found=final, expected="-1, or 0 and more"
+    )
+
+
+def _check_method(config: TrainConfig, findings: Findings) -> None:
+    method = config.method
+    findings.check(
+        0 <= method.dropout < 1, "--dropout is out of range", found=method.dropout, expected="0 up to below 1"
+    )
+    if method.peft == "none":
+        findings.check(not method.peft_config, "--peft_config has no effect without --peft", fix="--peft lora")
+        findings.check(
+            not method.adapter, "--adapter has no effect without --peft", found=method.adapter, fix="--peft lora"
+        )
+    if method.peft != "lora":
+        findings.check(
+            set(method.train_parts) <= {"time", "ln"},
+            f"--train_parts has no effect with --peft {method.peft}",
+            found=method.train_parts,
+            fix="--peft lora",
+        )
+
+
+def _check_runtime(runtime: RuntimeConfig, findings: Findings) -> None:
+    if runtime.accelerator == "cpu":
+        findings.check(
+            runtime.precision != "fp16",
+            "--precision fp16 needs a GPU",
+            found="--accelerator cpu",
+            fix="--precision bf16 or --precision fp32",
+        )
+
+
+def check_paths(config: TrainConfig, findings: Findings) -> None:
+    """Note every input file that is not there and an output folder that cannot be written. Writes nothing."""
+    _check_file("--load_model", config.model.load_model, findings)
+    if config.method.adapter:
+        _check_file("--adapter", config.method.adapter, findings)
+    _check_data_files(config.data, findings)
+    if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
+        findings.add("--resume names no folder", found=config.output.resume, expected="auto, none, or a resume folder")
+    check_folder("--proj_dir", Path(config.output.proj_dir), findings)
+
+
+def _check_file(option: str, name: str, findings: Findings) -> None:
+    path = Path(name)
+    if path.is_file():
+        return
+    folder = path.parent
+    there = sorted(item.name for item in folder.glob("*.pth")) if folder.is_dir() else []
+    near = nearest(path.name, there)
+    fix = (
+        f"{option} {folder / near}" if near else "check the path" if folder.is_dir() else f"there is no folder {folder}"
+    )
+    findings.add(f"{option} names a file that does not exist", found=name, fix=fix)
+
+
+def _check_data_files(data: DataConfig, findings: Findings) -> None:
+    if data.data_type == "jsonl":
+        missing = [] if Path(data.data_file).is_file() else [data.data_file]
+    else:
+        missing = [name for name in (f"{data.data_file}.bin", f"{data.data_file}.idx") if not Path(name).is_file()]
+    if not missing:
+        return
+    fix = "check the path; --data_file is the path without .bin and .idx"
+    if data.data_type == "jsonl":
+        fix = "check the path"
+    elif Path(data.data_file).is_file() or Path(f"{data.data_file}.jsonl").is_file():
+        fix = "--data_type jsonl, or python make_data.py FILE.jsonl first"
+    elif len(missing) == 1:
+        fix = "both files belong together: copy the missing one, or make them again with make_data.py"
+    findings.add("--data_file: a file is missing", found=f"no {' and no '.join(missing)}", fix=fix)
+
+
+def check_folder(option: str, folder: Path, findings: Findings) -> None:
+    """Note if ``folder`` is not, or cannot become, a folder to write into."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        findings.add(f"{option} cannot be a folder: {existing} is a file", found=str(folder))
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        findings.add(f"{option} cannot be written", found=str(folder), fix="choose a folder of your own")

@@ -1,0 +1,217 @@
+"""Flags of RWKV-PEFT and RWKV-LM that have no field of their own.
+
+Some are other names or combinations of fields and are translated. The others are accepted at upstream's default,
+where they say nothing, and refused with the reason at any other value. The same holds for values of our own flags
+that upstream knows and this toolkit does not have yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.flags import Kind
+from rwkvpeft.config.values import parse_json
+
+
+@dataclass(frozen=True)
+class UpstreamFlag:
+    """A flag accepted only at ``default`` unless ``translated``; then ``reason`` says what it means here."""
+
+    default: str
+    reason: str
+    fix: str | None = None
+    kind: Kind = "text"
+    translated: bool = False
+
+
+def _means(meaning: str, default: str = "", kind: Kind = "text") -> UpstreamFlag:
+    return UpstreamFlag(default, meaning, kind=kind, translated=True)
+
+
+def _none(default: object, reason: str, fix: str | None = None, kind: Kind = "text") -> UpstreamFlag:
+    return UpstreamFlag(str(default), reason, fix, kind)
+
+
+_LATER = "not available yet"
+_NO_PILE = "RWKV-LM's staged pre-training is not available yet"
+_NO_TRICK = "an experiment of early RWKV versions that v5, v6 and v7 models do not have"
+
+FLAGS: dict[str, UpstreamFlag] = {
+    "rwkv_version": _means("--my_testing"),
+    "my_qa_mask": _means("1: --loss_mask qa", "0"),
+    "dataset_get": _means("--dataload"),
+    "train_type": _means("state and states: --peft state", "none"),
+    "state_tune": _means("--peft state", kind="switch"),
+    "lora": _means("--peft lora", kind="switch"),
+    "lora_config": _means(
+        "--peft_config, with lora_r, lora_alpha, lora_dropout and lora_load (--adapter)", kind="json"
+    ),
+    "lora_r": _means("r in --peft_config"),
+    "lora_alpha": _means("lora_alpha in --peft_config"),
+    "lora_dropout": _means("lora_dropout in --peft_config"),
+    "lora_load": _means("--adapter"),
+    "lora_parts": _means("--train_parts; att and ffn are always adapted"),
+    "emb": _means("adds emb to --train_parts", kind="switch"),
+    "pissa_config": _none(
+        '{"pissa_load":"", "pissa_init":"", "pissa_r":8, "svd_niter":4}',
+        "PiSSA is not available yet",
+        "--peft lora",
+        "json",
+    ),
+    "miss_config": _none('{"mode":"mode", "load":"", "r":64}', "MiSS is not available yet", "--peft lora", "json"),
+    "disha_config": _none(
+        '{"mode":"mode", "load":"", "r":64}', "DiSHA (MiSS) is not available yet", "--peft lora", "json"
+    ),
+    "bone_config": _none(
+        '{"bone_mode":"mode", "bone_load":"", "bone_r":64}', "Bone (MiSS) is not available yet", "--peft lora", "json"
+    ),
+    "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
+    "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),
+    "PISSA": _none("false", "PiSSA is not available yet", "--peft lora", "switch"),
+    "quant": _none("none", "training on a quantised base is not available yet", "--precision bf16 --grad_cp 1"),
+    "pre_ffn": _none(0, "a first block without time mixing is not available yet"),
+    "head_qk": _none(0, "the headQK trick is not available yet"),
+    "load_partial": _none(0, "weights are loaded whole: a tensor left out would train from random values"),
+    "chunk_ctx": _none(512, "only --train_type infctx reads it, which is not available yet", "a smaller --ctx_len"),
+    "sft_field": _none("", "the sft data type is not available yet", "--data_type jsonl", "words"),
+    "sft_split": _none("train", "the sft data type is not available yet", "--data_type jsonl"),
+    "val_data_file": _none("", "a held-out loss during training is not available yet", "python -m rwkvpeft.evaluate"),
+    "val_steps": _none(0, "a held-out loss during training is not available yet", "python -m rwkvpeft.evaluate"),
+    "my_exit_tokens": _none(0, "stopping at a token count is not available yet", "--epoch_count"),
+    "my_sample_len": _none(0, "it is read nowhere upstream", "--ctx_len"),
+    "my_random_steps": _none(0, "it is read nowhere upstream", "--random_seed"),
+    "avg_loss": _none(0, "the loss is always the mean over the trained tokens of a step"),
+    "l2warp_sparse": _none(0, "the logit penalty always acts on every position", "--logit_penalty"),
+    "head_chunk": _none(0, "the loss is always computed in chunks"),
+    "kernel": _none("", "RWKV-LM's kernels are not here", "--op auto"),
+    "compile": _none("false", "compiling the model is not available", kind="switch"),
+    "fused_kernel": _none("false", "flash-linear-attention is not available yet", "--op auto", "switch"),
+    "ds_bucket_mb": _none(200, "only DeepSpeed reads it, which is not available yet"),
+    "cuda_cleanup": _none(0, "it is read nowhere upstream"),
+    "enable_progress_bar": _none("true", "progress is always shown", kind="switch"),
+    "tiny_att_dim": _none(0, _NO_TRICK),
+    "tiny_att_layer": _none(-999, _NO_TRICK),
+    "my_ffn_shift": _none(1, _NO_TRICK),
+    "my_att_shift": _none(1, _NO_TRICK),
+    "my_pos_emb": _none(0, _NO_TRICK),
+    "my_pile_version": _none(1, _NO_PILE),
+    "my_pile_stage": _none(0, _NO_PILE),
+    "my_pile_shift": _none(-1, _NO_PILE),
+    "my_pile_edecay": _none(0, _NO_PILE),
+    "train_stage": _none(0, _NO_PILE),
+}
+
+LATER_VALUES: dict[str, dict[str, str]] = {
+    "peft": {
+        **dict.fromkeys(("dora", "pissa", "miss", "bone", "bat", "disha"), _LATER),
+        **dict.fromkeys(("adalora", "boft", "hra", "ia3", "loha", "lokr", "oft", "randlora", "vera"), _LATER),
+    },
+    "dataload": {"pack": _LATER},
+    "data_type": dict.fromkeys(("sft", "utf-8", "utf-16le", "numpy", "uint16", "dummy"), _LATER),
+    "optim": dict.fromkeys(("adam8bit", "adam_mini", "lion", "muon", "adafactor"), _LATER),
+}
+"""Values of our own flags that upstream takes and that are not here yet, with what to say of them."""
+
+_LORA_CONFIG_DEFAULT = {"lora_load": "", "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
+_LORA_KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+
+
+def refuse(name: str, value: Any, findings: Findings) -> None:
+    """Note a mistake if an untranslated upstream flag has another value than upstream's default."""
+    known = FLAGS[name]
+    if not _is_default(known, value):
+        shown = json.dumps(value) if isinstance(value, dict) else value
+        findings.add(f"--{name} has no effect here: {known.reason}", found=shown, fix=known.fix)
+
+
+def translate(given: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Turn the upstream flags among ``given`` into fields; fields given under their own name win.
+
+    Args:
+        given: values by flag name, our fields and translated upstream flags, of one source.
+        findings: where mistakes are noted.
+    Returns: values by field name.
+    """
+    fields = {name: value for name, value in given.items() if name not in FLAGS}
+    upstream = {name: value for name, value in given.items() if name in FLAGS}
+    values: dict[str, Any] = {}
+    for name, field in (("rwkv_version", "my_testing"), ("dataset_get", "dataload")):
+        if upstream.get(name):
+            values[field] = upstream[name]
+    if str(upstream.get("my_qa_mask", "0")) != "0":
+        values["loss_mask"] = "qa"
+    values.update(_lora(upstream, fields, findings))
+    method = _method(upstream, fields.pop("peft", None), findings)
+    if method:
+        values["peft"] = method
+    return {**values, **fields}
+
+
+def _method(upstream: Mapping[str, Any], peft: str | None, findings: Findings) -> str | None:
+    """The method that ``--peft`` and upstream's older ways to say it name together; None if none does."""
+    train_type = upstream.get("train_type") or "none"
+    if train_type not in ("none", "state", "states"):
+        later = ": " + _LATER if train_type == "infctx" else ""
+        findings.add(f"--train_type {train_type}{later}", found=train_type, expected=["none", "state", "states"])
+    named = {peft} if peft else set()
+    if train_type in ("state", "states") or upstream.get("state_tune"):
+        named = (named - {"none"}) | {"state"}
+    if upstream.get("lora"):
+        named = (named - {"none"}) | {"lora"}
+    if len(named) > 1:
+        findings.add("two methods are asked for at once", found=sorted(named), fix="give --peft alone")
+    return min(named) if named else None
+
+
+def _lora(upstream: Mapping[str, Any], fields: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """LoRA's settings out of --lora_config and the older flags, one per setting."""
+    given = dict(upstream.get("lora_config") or {})
+    if given == _LORA_CONFIG_DEFAULT:
+        given = {}
+    given.update(
+        {name: value for name, value in upstream.items() if name.startswith("lora_") and name != "lora_config"}
+    )
+    unknown = [name for name in given if name not in (*_LORA_KEYS, "lora_load", "lora_parts")]
+    if unknown:
+        findings.add("--lora_config has unknown keys", found=unknown, expected=[*_LORA_KEYS, "lora_load", "lora_parts"])
+    values: dict[str, Any] = {}
+    settings = {_LORA_KEYS[name]: _as_number(value) for name, value in given.items() if name in _LORA_KEYS}
+    if settings:
+        values["peft_config"] = {**settings, **fields.get("peft_config", {})}
+    if given.get("lora_load"):
+        values["adapter"] = given["lora_load"]
+    parts = fields.get("train_parts", ["time", "ln"])
+    if "lora_parts" in given:
+        parts = [part for part in str(given["lora_parts"]).split(",") if part and part not in ("att", "ffn")]
+        values["train_parts"] = parts
+    if upstream.get("emb"):
+        values["train_parts"] = [*parts, "emb"]
+    return values
+
+
+def _as_number(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _is_default(known: UpstreamFlag, value: Any) -> bool:
+    if known.kind == "json":
+        given = value if isinstance(value, dict) else parse_json("value", str(value))
+        return bool(given == json.loads(known.default))
+    text = " ".join(str(word) for word in value) if isinstance(value, list) else str(value)
+    try:
+        return float(text) == float(known.default)
+    except ValueError:
+        return text.strip().lower() == known.default.lower()
