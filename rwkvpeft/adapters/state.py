@@ -68,8 +68,10 @@ class StateAdapter(Adapter):
         return None
 
 
-def check_states(tensors: Mapping[str, Tensor], *, n_layer: int, dim_att: int) -> None:
-    """Compare a state file with the sizes of a model.
+def check_states(
+    tensors: Mapping[str, Tensor], *, n_layer: int, dim_att: int, head_size: int | None = None
+) -> None:
+    """Compare a state file with the sizes of a model; ``head_size`` None means that it is not known.
 
     Raises: UserError if a layer has no state, or its heads do not make up the width of the time mixing.
     """
@@ -81,11 +83,12 @@ def check_states(tensors: Mapping[str, Tensor], *, n_layer: int, dim_att: int) -
             expected=f"one time_state for each of {n_layer} layers",
         )
     for name, tensor in tensors.items():
-        if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2] or tensor.shape[0] * tensor.shape[1] != dim_att:
+        size = head_size or tensor.shape[-1]
+        if tensor.shape != (dim_att // size, size, size):
             raise UserError(
                 f"{name} does not fit the base model",
                 found=str(tuple(tensor.shape)),
-                expected=f"(heads, size, size) with heads * size = {dim_att}",
+                expected=str((dim_att // size, size, size)),
             )
 
 

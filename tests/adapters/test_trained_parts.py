@@ -37,7 +37,7 @@ def test_each_parameter_belongs_to_one_part_or_none(name, part):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("version", ["5", "6"])
+@pytest.mark.parametrize("version", [5, 6])
 def test_time_and_ln_select_what_those_words_select_upstream(golden, version):
     groups = json.loads((golden / "param_groups.json").read_text())
     names = next(list(group["shapes"]) for group in groups if group["version"] == version)

@@ -1,0 +1,164 @@
+"""An adapter on disk: a file of tensors that every RWKV tool reads, and beside it the recipe that made them.
+
+The recipe ("sidecar") is a small json with the name of the adapter's file. It holds what merging, generation and
+further training would otherwise ask the user for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rwkvpeft import __version__
+from rwkvpeft.atomic import write_whole
+from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
+from rwkvpeft.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint was made.
+
+    ``method`` is ``--peft``; ``config`` that method's full settings; ``shape`` the model's sizes by name;
+    ``base_fingerprint`` is ``files.fingerprint`` of the base; ``step`` counts optimizer steps.
+    """
+
+    method: str
+    config: dict[str, Any] = field(default_factory=dict)
+    train_parts: list[str] = field(default_factory=list)
+    base_model: str = ""
+    base_fingerprint: str = ""
+    version: str = ""
+    shape: dict[str, Any] = field(default_factory=dict)
+    quant: str = "none"
+    tokenizer: str = ""
+    ctx_len: int | None = None
+    head_size_divisor: float = 8
+    step: int = 0
+    epoch: int = 0
+    loss: float | None = None
+    toolkit_version: str = __version__
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The recipe as indented json, ending in a newline."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Recipe:
+        """Read a recipe; keys of later toolkit versions are ignored.
+
+        Args:
+            source: the file's name, for messages.
+        Raises: UserError if it is not a recipe, or of a format this version cannot read.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as reason:
+            raise UserError(f"{source} is not valid json", found=reason, fix="delete it and give the flags instead") \
+                from reason
+        if not isinstance(values, dict) or "method" not in values:
+            raise UserError(f"{source} does not describe an adapter", expected="a json object with the key method")
+        if values.get("format", FORMAT) > FORMAT:
+            raise UserError(f"{source} was written by a newer version of this toolkit", found=values["format"],
+                            expected=f"format {FORMAT}", fix="pip install --upgrade rwkvpeft")
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def check_base(recipe: Recipe, base_model: Path | str) -> None:
+    """Compare a base checkpoint with the one the adapter was trained on.
+
+    Raises: UserError if it is another file. A recipe without a fingerprint is not compared.
+    """
+    base_model = Path(base_model)
+    if not recipe.base_fingerprint or not base_model.is_file():
+        return
+    found = fingerprint(base_model)
+    if found != recipe.base_fingerprint:
+        raise UserError(
+            f"{base_model} is not the model this adapter was trained on",
+            found=f"fingerprint {found}",
+            expected=f"{recipe.base_model or 'the base'}, fingerprint {recipe.base_fingerprint}",
+            fix=f"give the original {recipe.base_model}" if recipe.base_model else None,
+        )
+
+
+def recipe_path(path: Path | str) -> Path:
+    """Where the recipe of the tensor file ``path`` stands: ``rwkv-0.json`` for rwkv-0.pth and rwkv-0-adapter.pth."""
+    path = Path(path)
+    return path.with_name(path.stem.removesuffix("-adapter") + ".json")
+
+
+def save_adapter(path: Path | str, tensors: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Write the trained tensors to ``path`` and the recipe beside it, each whole or not at all.
+
+    Raises: UserError if there is nothing to save, a tensor holds NaN or infinity, or a file cannot be written.
+    """
+    path = Path(path)
+    if not tensors:
+        raise UserError(f"there is no trained tensor to save in {path}")
+    check_finite(tensors, "the training diverged and is not saved")
+    # the recipe first: tensors must not stand there without it
+    save_recipe(path, recipe)
+    save_tensors(path, tensors)
+
+
+def save_recipe(path: Path | str, recipe: Recipe) -> None:
+    """Write the recipe of the tensor file ``path``.
+
+    Raises: UserError if it cannot be written.
+    """
+    write_whole(recipe_path(path), lambda partial: partial.write_text(recipe.to_json(), encoding="utf-8"))
+
+
+def load_adapter(path: Path | str) -> tuple[dict[str, Tensor], Recipe | None]:
+    """Read an adapter's tensors and, if there is one, its recipe.
+
+    Names lose a leading ``model.`` or ``_forward_module.``, which some trainers leave there.
+    Raises: UserError if the file is missing, broken or empty, holds NaN or infinity, or if its recipe is broken.
+    """
+    path = Path(path)
+    tensors = {_plain_name(name): tensor for name, tensor in load_tensors(path).items()}
+    if not tensors:
+        raise UserError(f"{path} holds no tensor")
+    check_finite(tensors, f"{path} cannot be used")
+    return tensors, load_recipe(path)
+
+
+def load_recipe(path: Path | str) -> Recipe | None:
+    """The recipe of the tensor file ``path``; None if it has none.
+
+    Raises: UserError if it is broken.
+    """
+    place = recipe_path(path)
+    if not place.is_file():
+        return None
+    return Recipe.from_json(place.read_text(encoding="utf-8"), str(place))
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Look for NaN and infinity.
+
+    Raises: UserError starting with ``what``, with the number of broken tensors and the first one's name.
+    """
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{what}: tensors hold NaN or infinity",
+            found=f"{len(broken)} of {len(tensors)} tensors, the first is {broken[0]}",
+            fix="lower --lr_init, or train with --precision bf16 or fp32",
+        )
+
+
+def _plain_name(name: str) -> str:
+    for prefix in ("_forward_module.", "module.", "model.", "base_model.model."):
+        name = name.removeprefix(prefix)
+    return name

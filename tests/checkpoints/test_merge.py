@@ -1,0 +1,245 @@
+"""Merging files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkvpeft.checkpoints import merge
+from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
+from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
+from rwkvpeft.checkpoints.merge import infer_recipe, merge_files
+from rwkvpeft.errors import UserError
+
+LORA = Recipe(method="lora", config={"r": 2, "lora_alpha": 8})
+
+
+def base_tensors(dtype=torch.float32):
+    shapes = {
+        "emb.weight": (20, 6),
+        "blocks.0.ln1.weight": (6,),
+        "blocks.0.att.r_k": (2, 4),
+        "blocks.0.att.receptance.weight": (8, 6),
+        "blocks.0.att.key.weight": (8, 6),
+        "head.weight": (20, 6),
+    }
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def lora_tensors():
+    return {
+        "blocks.0.att.key.lora_A": torch.randn(2, 6),
+        "blocks.0.att.key.lora_B": torch.randn(8, 2),
+        "blocks.0.ln1.weight": torch.randn(6),
+    }
+
+
+@pytest.fixture
+def files(tmp_path):
+    save_tensors(tmp_path / "base.pth", base_tensors())
+    save_adapter(tmp_path / "rwkv-0.pth", lora_tensors(), LORA)
+    return tmp_path / "base.pth", tmp_path / "rwkv-0.pth", tmp_path / "out.pth"
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("kind", ["lora", "state"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_merged_files_equal_upstreams(golden, tmp_path, kind, dtype):
+    output = tmp_path / "out.pth"
+    adapter = golden / f"peft_{kind}_{dtype}_adapter.pth"
+    merge_files(golden / f"peft_base_{dtype}.pth", adapter, output, recipe=infer_recipe(load_tensors(adapter), ""))
+    merged, expected = load_tensors(output), load_tensors(golden / f"peft_{kind}_{dtype}_merged.pth")
+    assert list(merged) == list(expected)
+    for name, tensor in expected.items():
+        assert merged[name].dtype == tensor.dtype
+        # upstream rounds B A to bf16, scales, rounds, and rounds the sum: here the sum is rounded once
+        rounding = 2**-7 if dtype == "bf16" and kind == "lora" else 1e-6
+        torch.testing.assert_close(merged[name], tensor, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_is_exact_up_to_one_rounding(golden, tmp_path, dtype):
+    base = load_tensors(golden / f"peft_base_{dtype}.pth")
+    adapter = golden / f"peft_lora_{dtype}_adapter.pth"
+    tensors = load_tensors(adapter)
+    merge_files(golden / f"peft_base_{dtype}.pth", adapter, tmp_path / "out.pth", recipe=infer_recipe(tensors, ""))
+    merged = load_tensors(tmp_path / "out.pth")
+    for name in (name for name in tensors if name.endswith("lora_A")):
+        weight = name.replace(".lora_A", ".weight")
+        exact = base[weight].double() + 4 * tensors[name.replace("_A", "_B")].double() @ tensors[name].double()
+        error = (merged[weight].double() - exact).abs()
+        half_step = 2.0**-8 if dtype == "bf16" else 2.0**-23
+        assert (error <= half_step * exact.abs() * 1.01 + 1e-6).all()
+
+
+@pytest.mark.golden
+def test_the_merged_weights_compute_what_upstreams_layers_compute(golden, tmp_path):
+    import numpy as np
+
+    adapter = golden / "peft_lora_fp32_adapter.pth"
+    merge_files(golden / "peft_base_fp32.pth", adapter, tmp_path / "out.pth",
+                recipe=infer_recipe(load_tensors(adapter), ""))
+    merged = load_tensors(tmp_path / "out.pth")
+    arrays = np.load(golden / "peft_forward_fp32.npz", allow_pickle=False)
+    layers = [key.split("|")[1] for key in arrays.files if key.startswith("lora_y|")]
+    assert layers
+    for layer in layers:
+        x = torch.from_numpy(arrays[f"x|{layer}"])
+        expected = torch.from_numpy(arrays[f"lora_y|{layer}"])
+        torch.testing.assert_close(x @ merged[f"{layer}.weight"].T, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trained_parts_replace_base_tensors_and_the_rest_stays(files):
+    base, adapter, output = files
+    report = merge_files(base, adapter, output)
+    merged, before, trained = load_tensors(output), load_tensors(base), load_tensors(adapter)
+    assert report == ("lora", 1, 1, 0, 6)
+    assert torch.equal(merged["blocks.0.ln1.weight"], trained["blocks.0.ln1.weight"])
+    assert torch.equal(merged["head.weight"], before["head.weight"])
+    update = 4 * trained["blocks.0.att.key.lora_B"] @ trained["blocks.0.att.key.lora_A"]
+    torch.testing.assert_close(merged["blocks.0.att.key.weight"], before["blocks.0.att.key.weight"] + update)
+
+
+def test_the_base_keeps_its_dtype(tmp_path):
+    save_tensors(tmp_path / "base.pth", base_tensors(torch.float16))
+    save_adapter(tmp_path / "a.pth", lora_tensors(), LORA)
+    merge_files(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "out.pth")
+    assert {tensor.dtype for tensor in load_tensors(tmp_path / "out.pth").values()} == {torch.float16}
+
+
+def test_prefixes_of_the_base_are_stripped(files, tmp_path):
+    base, adapter, output = files
+    tensors = load_tensors(base)
+    save_tensors(tmp_path / "prefixed.pth", {f"_forward_module.{name}": tensor for name, tensor in tensors.items()})
+    # a base is recognised as prefixed by its first block
+    merge_files(tmp_path / "prefixed.pth", adapter, output)
+    assert set(load_tensors(output)) == set(tensors)
+
+
+def unused(base, adapter, output):
+    save_adapter(adapter, {**lora_tensors(), "blocks.9.att.key.lora_A": torch.zeros(2, 6)}, LORA)
+
+
+def misshapen(base, adapter, output):
+    save_adapter(adapter, {**lora_tensors(), "blocks.0.att.key.lora_B": torch.zeros(7, 2)}, LORA)
+
+
+def misshapen_part(base, adapter, output):
+    save_adapter(adapter, {**lora_tensors(), "blocks.0.ln1.weight": torch.zeros(7)}, LORA)
+
+
+def other_base(base, adapter, output):
+    save_adapter(adapter, lora_tensors(), Recipe(method="lora", base_fingerprint=fingerprint(adapter)))
+
+
+def full_model(base, adapter, output):
+    save_adapter(adapter, base_tensors(), Recipe(method="none"))
+
+
+def output_folder(base, adapter, output):
+    output.mkdir()
+
+
+FAULTS = [unused, misshapen, misshapen_part, other_base, full_model, output_folder]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_merge_that_cannot_be_right_is_refused_and_leaves_nothing(files, fault):
+    fault(*files)
+    before = sorted(files[0].parent.iterdir())
+    with pytest.raises(UserError):
+        merge_files(*files)
+    assert sorted(files[0].parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_output_that_is_an_input_is_refused(files, which):
+    with pytest.raises(UserError, match="overwrite"):
+        merge_files(files[0], files[1], files[which])
+
+
+def test_an_unwritable_output_is_refused(files, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        merge_files(files[0], files[1], tmp_path / "file" / "out.pth")
+
+
+def test_an_existing_output_survives_an_error_while_writing(files, monkeypatch):
+    base, adapter, output = files
+    output.write_text("older")
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge, "write_tensors", fail)
+    with pytest.raises(UserError, match="No space left"):
+        merge_files(base, adapter, output)
+    assert output.read_text() == "older"
+    assert len(list(output.parent.iterdir())) == 4
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
+    base, adapter, output = files
+    monkeypatch.setattr(merge, "_probe", lambda tensor, seen=[]: torch.tensor([float(len(seen)), seen.append(1) or 0]))
+    with pytest.raises(UserError, match="reads back differently"):
+        merge_files(base, adapter, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (4, 2, 2)])
+def test_a_state_is_added_when_its_heads_are_the_models(tmp_path, shape):
+    save_tensors(tmp_path / "base.pth", base_tensors(torch.bfloat16))
+    save_adapter(tmp_path / "s.pth", {"blocks.0.att.time_state": torch.randn(shape)}, Recipe(method="state"))
+    paths = tmp_path / "base.pth", tmp_path / "s.pth", tmp_path / "out.pth"
+    if shape == (2, 4, 4):
+        assert merge_files(*paths).added == 1
+        assert load_tensors(paths[2])["blocks.0.att.time_state"].dtype == torch.float32
+    else:
+        with pytest.raises(UserError, match="does not fit"):
+            merge_files(*paths)
+
+
+def test_safetensors_output_holds_the_same_tensors(files):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    base, adapter, output = files
+    merge_files(base, adapter, output)
+    merge_files(base, adapter, output.with_suffix(".st"), format="safetensors")
+    expected, found = load_tensors(output), load_file(output.with_suffix(".st"))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+PEAK = """
+import resource, sys, torch
+from rwkvpeft.checkpoints.merge import merge_files
+merge_files(sys.argv[1], sys.argv[1].replace("base", "a"), sys.argv[2])  # a small merge warms everything up
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge_files(sys.argv[3], sys.argv[4], sys.argv[5])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_path, monkeypatch):
+    width, layers = 2048, 30
+    matrix = torch.randn(width, width)
+    save_tensors(tmp_path / "big.pth", {
+        f"blocks.{layer}.att.{name}.weight": matrix + layer for layer in range(layers) for name in ("key", "value")
+    })
+    save_adapter(tmp_path / "big_a.pth", {
+        f"blocks.{layer}.att.key.{name}": torch.randn(shape)
+        for layer in range(layers) for name, shape in (("lora_A", (4, width)), ("lora_B", (width, 4)))
+    }, LORA)
+    small_adapter = tmp_path / "a.pth"
+    save_adapter(small_adapter, lora_tensors(), LORA)
+    arguments = [files[0], files[2], tmp_path / "big.pth", tmp_path / "big_a.pth", tmp_path / "big_out.pth"]
+    command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    model_bytes = (tmp_path / "big.pth").stat().st_size
+    assert model_bytes > 1e9
+    # the map is given back every 256 MiB; two copies of a 16 MiB tensor and the adapter come on top
+    assert int(done.stdout) < 450e6
