@@ -4,4 +4,6 @@ import sys
 
 from rwkvpeft.cli.make_data import main
 
-sys.exit(main())
+# worker processes import this file again
+if __name__ == "__main__":
+    sys.exit(main())

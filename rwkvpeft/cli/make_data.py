@@ -1,0 +1,216 @@
+"""``python make_data.py IN.jsonl N_EPOCH CTX_LEN``: a jsonl file becomes shuffled, tokenised binidx."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rwkvpeft.cli.guard import guarded
+from rwkvpeft.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from rwkvpeft.data.binidx import BinidxSource
+    from rwkvpeft.data.convert import Converted, Progress
+    from rwkvpeft.data.source import Tokens
+    from rwkvpeft.data.tokenizer import Tokenizer
+
+_EPILOG = """\
+Each line of IN.jsonl is one JSON object, in one of these layouts:
+  {"text": "..."}                                              taken as it is
+  {"messages": [{"role": "user", "content": "..."}, ...]}      System / User / Assistant turns
+  {"conversations": [{"from": "human", "value": "..."}, ...]}  the same
+  {"instruction": "...", "input": "...", "output": "..."}      Instruction / Input / Response
+
+The lines are shuffled once for each epoch. With the same --seed the files come out the same, byte for byte.
+"""
+_PREVIEW_TOKENS = 100
+_SECONDS_BETWEEN_LINES = 5.0
+_EXIT_TERMINATED = 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    with contextlib.suppress(AttributeError):
+        # a preview in any script must not fail on a terminal that lacks it
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with _terminated_cleanly():
+        return guarded(lambda: _run(_parser().parse_args(arguments)), debug="--debug" in arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make_data.py",
+        description="Tokenise and shuffle a jsonl file: writes NAME.bin and NAME.idx into the current folder.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="IN.jsonl", type=Path, help="the documents, one a line")
+    parser.add_argument("epochs", metavar="N_EPOCH", type=_positive, help="how many shuffled copies to write")
+    parser.add_argument("ctx_len", metavar="CTX_LEN", type=_positive, help="tokens per row, for the magic prime")
+    parser.add_argument("--seed", type=int, help="seed of the order; default: a new one, printed")
+    parser.add_argument("--output", metavar="PREFIX", type=Path, help="write PREFIX.bin and PREFIX.idx instead")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME|FILE",
+        default="world",
+        help="world, bytes, utf-16le, or a vocabulary file; default: world",
+    )
+    parser.add_argument("--workers", metavar="N", type=_positive, help="processes; default: one for each processor")
+    parser.add_argument("--skip_bad_lines", action="store_true", help="count bad lines and leave them out")
+    parser.add_argument("--text_key", metavar="NAME", default="text", help="field of a whole document; default: text")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+_positive.__name__ = "number"
+
+
+def _run(options: argparse.Namespace) -> int:
+    # numpy and the tokenizer take a while to import: --help does not wait for them
+    from rwkvpeft.data.binidx import BinidxSource
+    from rwkvpeft.data.convert import Conversion, convert
+    from rwkvpeft.data.tokenizer import load_tokenizer
+
+    prefix = _output_prefix(options.file, options.output)
+    seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
+    job = Conversion(
+        path=options.file,
+        prefix=prefix,
+        epochs=options.epochs,
+        seed=seed,
+        tokenizer=options.tokenizer,
+        text_key=options.text_key,
+        workers=options.workers,
+        skip_bad=options.skip_bad_lines,
+    )
+    print(f"### {job.path} -> {prefix}.bin, {prefix}.idx: {job.epochs} shuffled, --seed {seed}", flush=True)
+    with _ProgressLines(sys.stderr.isatty()) as progress:
+        converted = convert(job, progress.show)
+    _print_result(converted, BinidxSource(prefix), load_tokenizer(options.tokenizer), prefix, options.ctx_len)
+    return 0
+
+
+def _output_prefix(source: Path, output: Path | None) -> Path:
+    prefix = Path(source.stem) if output is None else output
+    if prefix.suffix in (".bin", ".idx"):
+        prefix = prefix.with_suffix("")
+    if not prefix.name:
+        raise UserError("--output has no file name", found=str(output), expected="a prefix, for instance data/train")
+    for suffix in (".bin", ".idx"):
+        target = prefix.with_name(prefix.name + suffix)
+        if target.exists() and source.exists() and target.samefile(source):
+            raise UserError(f"the output {target} would replace the input", fix="--output with another prefix")
+    return prefix
+
+
+class _ProgressLines:
+    """Shows progress as a bar on a terminal, and as a line now and then where output goes to a file."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self._is_terminal = is_terminal
+        self._bar: tqdm | None = None
+        self._stage = ""
+        self._printed = self._started = time.monotonic()
+
+    def __enter__(self) -> _ProgressLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def show(self, progress: Progress) -> None:
+        """Report a stage's progress; cheap enough to be called a thousand times a second."""
+        if progress.stage != self._stage:
+            self._close()
+            if self._stage:
+                self._started = self._printed = time.monotonic()
+            self._stage = progress.stage
+        if self._is_terminal:
+            self._show_bar(progress)
+            return
+        now, is_last = time.monotonic(), progress.done >= progress.total
+        if is_last or now - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._printed = now
+            share = 100 * progress.done / max(progress.total, 1)
+            rate = progress.tokens / max(now - self._started, 1e-3) / 1e6
+            line = f"{progress.stage}: {share:.0f} %, {progress.tokens} tokens, {rate:.2f} million a second"
+            print(line, file=sys.stderr, flush=True)
+
+    def _show_bar(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            is_bytes = progress.stage == "tokenise"
+            self._bar = tqdm(
+                total=progress.total, desc=progress.stage, unit="B" if is_bytes else " documents", unit_scale=True
+            )
+        self._bar.set_postfix_str(f"{progress.tokens / 1e6:.1f} M tokens", refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _print_result(
+    converted: Converted, source: BinidxSource, tokenizer: Tokenizer, prefix: Path, ctx_len: int
+) -> None:
+    from rwkvpeft.data.prime import magic_prime
+
+    for index in (0, len(source) - 1):
+        print(f"{'-' * 50} document {index}, {source.sizes[index]} tokens")
+        print(_preview(source.read(index)[:-1], tokenizer))
+    print("-" * 80)
+    if converted.skipped:
+        print(f"### skipped {converted.skipped} bad lines, the first: {converted.first_skipped}")
+    print(f"### {prefix}.bin/idx: {source.n_tokens} tokens, {len(source)} documents ({converted.documents} different)")
+    prime = magic_prime(source.n_tokens, ctx_len)
+    if prime is not None:
+        print(f"\n### magic_prime = {prime} (for ctx_len {ctx_len})")
+        print(f"\n--my_exit_tokens {source.n_tokens} --magic_prime {prime} --ctx_len {ctx_len}\n")
+
+
+def _preview(tokens: Tokens, tokenizer: Tokenizer) -> str:
+    """A document's text; of a long one the beginning and the end, cut between characters."""
+    if len(tokens) <= 2 * _PREVIEW_TOKENS:
+        return tokenizer.decode(tokens.tolist())
+    head = tokenizer.decode(tokens[:_PREVIEW_TOKENS].tolist()).rstrip("\ufffd")
+    tail = tokenizer.decode(tokens[-_PREVIEW_TOKENS:].tolist()).lstrip("\ufffd")
+    return f"{head}\n{'· ' * 30}\n{tail}"
+
+
+@contextlib.contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM end the command as an exception does, so that nothing half written stays behind."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(_EXIT_TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:
+        # only the main thread of a program may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

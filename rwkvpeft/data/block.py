@@ -1,0 +1,104 @@
+"""A range of lines of a jsonl file, tokenised: the unit of work of one process."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rwkvpeft.data.conversation import RecordError, document_text
+from rwkvpeft.data.jsonl import BadLine, excerpt, parse_line, read_block
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from rwkvpeft.errors import UserError
+
+_Numbers = npt.NDArray[np.int64]
+
+
+class BadDocument(NamedTuple):
+    """A line that is no document: its number, counted from 1 at the block's start, why, and how it begins."""
+
+    line: int
+    what: str
+    shown: str
+
+
+class Block(NamedTuple):
+    """What a range of lines holds.
+
+    ``tokens`` uint16, documents end to end, each with its final 0; ``sizes`` int32, tokens of each; ``lines`` read,
+    blank ones included; ``bad`` lines by number.
+    """
+
+    tokens: npt.NDArray[np.uint16]
+    sizes: npt.NDArray[np.int32]
+    lines: int
+    bad: list[BadDocument]
+
+
+def tokenise_block(path: Path, start: int, end: int, tokenizer_name: str, text_key: str) -> Block:
+    """Tokenise the documents of bytes ``start`` to ``end`` of a file, and see that each decodes back to itself.
+
+    Bad lines are returned, not raised. The tokenizer has at most 65536 ids; it is loaded once per process.
+    """
+    tokenizer = _loaded(tokenizer_name)
+    lines = read_block(path, start, end)
+    stream = array("H")
+    ends: list[int] = []
+    numbers: list[int] = []
+    texts: list[bytes] = []
+    bad: list[BadDocument] = []
+    for number, raw in enumerate(lines, start=1):
+        try:
+            record = parse_line(raw)
+            if record is None:
+                continue
+            text = document_text(record, text_key)
+            stream.extend(tokenizer.encode(text))
+        except (BadLine, RecordError, UserError) as reason:
+            what = reason.what if isinstance(reason, UserError) else str(reason)
+            bad.append(BadDocument(number, what, excerpt(raw)))
+            continue
+        ends.append(len(stream))
+        numbers.append(number)
+        texts.append(tokenizer.to_bytes(text))
+    content, document_ends = np.frombuffer(stream, dtype=np.uint16), np.array(ends, dtype=np.int64)
+    lossy = _lossy_documents(tokenizer, content, document_ends, texts)
+    if lossy:
+        bad += [BadDocument(numbers[i], "the tokens do not decode to the text", excerpt(texts[i])) for i in lossy]
+        bad.sort()
+        content, document_ends = _without(lossy, content, document_ends)
+    sizes = np.diff(document_ends, prepend=0) + 1
+    return Block(np.insert(content, document_ends, END_OF_DOCUMENT), sizes.astype(np.int32), len(lines), bad)
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str) -> Tokenizer:
+    return load_tokenizer(name)
+
+
+def _lossy_documents(
+    tokenizer: Tokenizer, content: npt.NDArray[np.uint16], ends: _Numbers, texts: Sequence[bytes]
+) -> list[int]:
+    """The documents whose tokens spell something else than their text; all are compared at once."""
+    reached = np.cumsum(tokenizer.byte_lengths[content], dtype=np.int64)
+    reached = np.concatenate(([0], reached))[ends]
+    text_ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    if np.array_equal(reached, text_ends) and tokenizer.spell(content) == b"".join(texts):
+        return []
+    starts = ends - np.diff(ends, prepend=0)
+    spans = zip(starts.tolist(), ends.tolist(), texts, strict=True)
+    return [number for number, (start, end, text) in enumerate(spans) if tokenizer.spell(content[start:end]) != text]
+
+
+def _without(
+    documents: list[int], content: npt.NDArray[np.uint16], ends: _Numbers
+) -> tuple[npt.NDArray[np.uint16], _Numbers]:
+    sizes = np.diff(ends, prepend=0)
+    keep = np.ones(len(ends), dtype=bool)
+    keep[documents] = False
+    return content[np.repeat(keep, sizes)], np.cumsum(sizes[keep])

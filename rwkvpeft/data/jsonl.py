@@ -1,0 +1,209 @@
+"""Files of JSON objects, one a line: read with errors that name file, line and cause, or tokenised as a source.
+
+Lines end at LF, CR or CRLF and nowhere else: U+2028 and U+0085 are characters of a document.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rwkvpeft.data.conversation import RecordError, Segment, segments
+from rwkvpeft.data.source import TokenSource
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from rwkvpeft.errors import UserError
+
+BLOCK_BYTES = 1 << 22
+_SEARCHED_AT_ONCE = 1 << 16
+_SHOWN = 80
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+class Record(NamedTuple):
+    """One JSON object and the line it stands in, counted from 1."""
+
+    line: int
+    value: dict[str, Any]
+
+
+class BadLine(ValueError):
+    """A line that is not a record; the message says why, in one line without file and number."""
+
+
+def read_records(path: str | Path, skip_bad: bool = False) -> Iterator[Record]:
+    """The records of a jsonl file in order; blank lines are passed over. Memory is bounded by the longest line.
+
+    Args:
+        skip_bad: pass over lines that are not JSON objects too.
+    Raises:
+        UserError: the file cannot be opened, holds no record, or a line is bad (``FILE:LINE: what is wrong``).
+    """
+    path = Path(path)
+    line, found = 0, False
+    for start, end in blocks(path):
+        for raw in read_block(path, start, end):
+            line += 1
+            try:
+                value = parse_line(raw)
+            except BadLine as reason:
+                if skip_bad:
+                    continue
+                raise line_error(path, line, str(reason), excerpt(raw)) from reason
+            if value is not None:
+                found = True
+                yield Record(line, value)
+    if not found:
+        raise UserError(f"{path} holds no record", found=f"{line} lines", expected="JSON objects, one a line")
+
+
+def line_error(path: Path, line: int, what: str, shown: str) -> UserError:
+    """The error for one line of a file."""
+    return UserError(f"{path}:{line}: {what}", found=shown)
+
+
+def excerpt(raw: bytes) -> str:
+    """The first 80 characters of a line, fit for a terminal."""
+    shown = raw[: 4 * _SHOWN].decode("utf-8", errors="replace").strip()[:_SHOWN]
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in shown
+    )
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, None for a blank one. Raises: BadLine if it holds anything else."""
+    try:
+        text = raw.decode("utf-8").strip()
+    except UnicodeDecodeError as reason:
+        wide = "; the file looks like UTF-16, save it as UTF-8" if raw.startswith(_WIDE_MARKS) else ""
+        raise BadLine(f"invalid UTF-8 at byte {reason.start} of the line{wide}") from reason
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as reason:
+        raise BadLine(f"not valid JSON: {reason.msg} at character {reason.pos}") from reason
+    except RecursionError as reason:
+        raise BadLine("nested too deeply to be read") from reason
+    except ValueError as reason:
+        # a number of more digits than Python converts
+        raise BadLine(f"not readable JSON: {reason}") from reason
+    if not isinstance(value, dict):
+        raise BadLine(f"not a JSON object but {_KINDS.get(type(value), 'a number')}")
+    return value
+
+
+_KINDS = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+
+
+def blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """Byte ranges that cut a file at ends of lines, each of ``block_bytes`` or up to the end of its last line.
+
+    Raises: UserError if the file cannot be opened.
+    """
+    require_readable(path)
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        start = 0
+        while start < size:
+            end = _line_end(file, start + block_bytes, size)
+            yield start, end
+            start = end
+
+
+def require_readable(path: Path) -> None:
+    """Raises: UserError if the file cannot be opened for reading."""
+    try:
+        path.open("rb").close()
+    except OSError as reason:
+        raise UserError(f"cannot read {path}", found=reason.strerror, fix="check the path") from reason
+
+
+def read_block(path: Path, start: int, end: int) -> list[bytes]:
+    """The lines of a range that ``blocks`` gave, without their ends and the byte order mark a file may start with."""
+    with path.open("rb") as file:
+        file.seek(start)
+        block = file.read(end - start)
+    if start == 0:
+        block = block.removeprefix(_BYTE_ORDER_MARK)
+    # of bytes, splitlines takes LF, CR and CRLF only; of text it would take ten more
+    return block.splitlines()
+
+
+def _line_end(file: BinaryIO, position: int, size: int) -> int:
+    """The first end of a line at or after ``position``, which is the file's end if there is none."""
+    position -= 1
+    while position < size:
+        file.seek(position)
+        # one byte more than is searched, to see the LF behind a CR
+        part = file.read(_SEARCHED_AT_ONCE + 1)
+        searched = part[:_SEARCHED_AT_ONCE]
+        ends = [place for place in (searched.find(b"\n"), searched.find(b"\r")) if place >= 0]
+        if ends:
+            end = min(ends) + 1
+            is_pair = part[end - 1 : end + 1] == b"\r\n"
+            return position + end + is_pair
+        position += _SEARCHED_AT_ONCE
+    return size
+
+
+class JsonlSource(TokenSource):
+    """A jsonl file, tokenised when it is opened and held in memory: three bytes a token, five above 65536 ids."""
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, text_key: str = "text") -> None:
+        """Raises: UserError with FILE:LINE for a line that is no document, or if the file holds none."""
+        path = Path(path)
+        self.name = str(path)
+        stream = array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
+        sizes = array("i")
+        trained = bytearray()
+        for record in read_records(path):
+            try:
+                tokens, mask = tokenise(segments(record.value, text_key), tokenizer)
+            except (RecordError, UserError) as reason:
+                what = reason.what if isinstance(reason, UserError) else str(reason)
+                shown = json.dumps(record.value, ensure_ascii=False)[:_SHOWN]
+                raise line_error(path, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
+            stream.extend(tokens)
+            sizes.append(len(tokens))
+            trained += mask.tobytes()
+        self.stream = _read_only(np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32))
+        self.sizes = np.frombuffer(sizes, dtype=np.int32)
+        self.starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        self._trained = _read_only(np.frombuffer(trained, dtype=np.uint8))
+
+    def trained(self, index: int) -> npt.NDArray[np.uint8]:
+        """For each token of document ``index``, 1 if an assistant says it. Known from the roles, not from the text."""
+        start = int(self.starts[index])
+        return self._trained[start : start + int(self.sizes[index])]
+
+
+def tokenise(parts: list[Segment], tokenizer: Tokenizer) -> tuple[list[int], npt.NDArray[np.uint8]]:
+    """A document's tokens, the final 0 included, and for each of them 1 if it is trained.
+
+    The joined text is tokenised as one, so that the tokens are those a model meets when it reads the text. A token
+    that lies across a border belongs to the part it starts in; the final 0 belongs to the last part.
+    Raises: UserError if the text cannot be encoded.
+    """
+    tokens = tokenizer.encode("".join(part.text for part in parts))
+    lengths = tokenizer.byte_lengths[np.array(tokens, dtype=np.int64)]
+    starts = np.cumsum(lengths) - lengths
+    part_ends = np.cumsum([len(tokenizer.to_bytes(part.text)) for part in parts])
+    is_trained = np.array([part.trained for part in parts], dtype=np.uint8)
+    mask = np.zeros(len(tokens) + 1, dtype=np.uint8)
+    if parts:
+        mask[:-1] = is_trained[np.searchsorted(part_ends, starts, side="right")]
+        mask[-1] = is_trained[-1]
+    tokens.append(END_OF_DOCUMENT)
+    return tokens, mask
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    values.flags.writeable = False
+    return values
