@@ -24,6 +24,9 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     "output": {"epoch_save": 1, "save_steps": 0},
 }
 
+# RWKV-LM's scripts write 0 where a run begins without a model
+_NO_MODEL = ("", "0")
+
 
 def check_values(config: TrainConfig, findings: Findings) -> None:
     """Note every value out of its range and every pair of settings that exclude each other."""
@@ -44,7 +47,7 @@ def _check_model(model: ModelConfig, findings: Findings) -> None:
         value = getattr(model, name)
         findings.check(value is None or value > 0, f"--{name} is too small", found=value, expected="1 or more")
     findings.check(model.head_size_divisor > 0, "--head_size_divisor must be above 0", found=model.head_size_divisor)
-    if model.load_model in ("", "0"):
+    if model.load_model in _NO_MODEL:
         findings.add(
             "no base model is given; training from scratch is not available yet", fix="--load_model PATH/TO/MODEL.pth"
         )
@@ -131,10 +134,12 @@ def _check_runtime(runtime: RuntimeConfig, findings: Findings) -> None:
 
 def check_paths(config: TrainConfig, findings: Findings) -> None:
     """Note every input file that is not there and an output folder that cannot be written. Writes nothing."""
-    _check_file("--load_model", config.model.load_model, findings)
+    if config.model.load_model not in _NO_MODEL:
+        _check_file("--load_model", config.model.load_model, findings)
     if config.method.adapter:
         _check_file("--adapter", config.method.adapter, findings)
-    _check_data_files(config.data, findings)
+    if config.data.data_file:
+        _check_data_files(config.data, findings)
     if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
         findings.add("--resume names no folder", found=config.output.resume, expected="auto, none, or a resume folder")
     check_folder("--proj_dir", Path(config.output.proj_dir), findings)

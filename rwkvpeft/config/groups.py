@@ -132,7 +132,7 @@ class RuntimeConfig:
 
     accelerator: str = flag("auto", help="where to train", choices=("auto", "gpu", "cpu"))
     devices: int = flag(1, help="devices on this machine")
-    num_nodes: int = flag(1, help="machines")
+    num_nodes: int = flag(1, help="machines that train together")
     strategy: str = flag("auto", help="how devices share the work")
     precision: str | None = flag(
         None,

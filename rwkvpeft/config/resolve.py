@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rwkvpeft.config.checks import check_values
+from rwkvpeft.config.checks import check_paths, check_values
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.parse import build_groups
@@ -31,13 +31,14 @@ class Machine:
 
 
 def resolve(
-    given: Mapping[str, Any], machine: Machine, *, earlier_seed: int | None = None
+    given: Mapping[str, Any], machine: Machine, *, earlier_seed: int | None = None, files_too: bool = False
 ) -> tuple[TrainConfig, list[str]]:
     """Fill in what was not given and check that the settings go together.
 
     Args:
         given: values by field name.
         earlier_seed: seed of the run that may be taken up again; stands in for a seed that is not given.
+        files_too: also check that the files are there and that the output folder can be written.
     Returns: all settings, none of them left open except sizes the checkpoint tells; and remarks, one line each.
     Raises: UserError listing every mistake found.
     """
@@ -54,6 +55,8 @@ def resolve(
     config = build_groups(values)
     findings = Findings()
     check_values(config, findings)
+    if files_too:
+        check_paths(config, findings)
     findings.raise_any()
     if config.method.peft == "state" and (config.schedule.lr_init or 0.0) < _LOWEST_STATE_LR:
         remarks.append(

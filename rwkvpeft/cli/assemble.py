@@ -1,0 +1,157 @@
+"""From settings to the parts of a run: base model, data, adapter, operator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from rwkvpeft.adapters.base import Adapter, build_adapter
+from rwkvpeft.checkpoints.adapter import Recipe, check_base, load_adapter
+from rwkvpeft.checkpoints.files import fingerprint, load_tensors
+from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
+from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.groups import MethodConfig, ModelConfig, RuntimeConfig, TrainConfig
+from rwkvpeft.config.resolve import Machine
+from rwkvpeft.errors import UserError
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.shape import ModelShape, normalise_names, read_shape
+from rwkvpeft.ops.choose import Choice, choose_backend
+from rwkvpeft.ops.contract import Needs
+
+_COMPUTE_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint, mapped but not loaded."""
+
+    path: str
+    shape: ModelShape
+    tensors: dict[str, torch.Tensor]
+
+
+def find_machine(accelerator: str) -> Machine:
+    """What the run will compute on.
+
+    Raises: UserError if a GPU is asked for and PyTorch sees none.
+    """
+    if accelerator == "cpu":
+        return Machine("cpu", has_bf16=True)
+    if torch.cuda.is_available():
+        return Machine("cuda", has_bf16=torch.cuda.is_bf16_supported())
+    if torch.backends.mps.is_available():
+        return Machine("mps", has_bf16=False)
+    if accelerator == "gpu":
+        raise UserError(
+            "--accelerator gpu: PyTorch sees no GPU here",
+            found=f"torch {torch.__version__}",
+            fix="--accelerator cpu, or install the PyTorch build for your GPU",
+        )
+    return Machine("cpu", has_bf16=True)
+
+
+def open_base(config: ModelConfig) -> Base:
+    """Map the base checkpoint and compare it with the sizes that were typed.
+
+    Raises: UserError if the file is not a model of ours, or naming each typed value beside the file's.
+    """
+    tensors = normalise_names(load_tensors(config.load_model))
+    shape = read_shape(tensors, config.load_model)
+    told = {
+        "my_testing": shape.version,
+        "n_layer": shape.n_layer,
+        "n_embd": shape.n_embd,
+        "vocab_size": shape.vocab_size,
+        "dim_att": shape.dim_att,
+        "dim_ffn": shape.dim_ffn,
+        "head_size_a": shape.head_size,
+    }
+    findings = Findings()
+    for name, value in told.items():
+        typed = getattr(config, name)
+        findings.check(
+            typed is None or typed == value,
+            f"--{name} {typed} does not fit {config.load_model}, which has {value}",
+            fix=f"leave --{name} out: the file tells it",
+        )
+    findings.raise_any()
+    return Base(config.load_model, shape, tensors)
+
+
+def compute_dtype(runtime: RuntimeConfig) -> torch.dtype:
+    """The dtype of activations and of frozen weights."""
+    return _COMPUTE_DTYPES[runtime.precision or "fp32"]
+
+
+def choose_operator(shape: ModelShape, runtime: RuntimeConfig, device_type: str) -> tuple[Choice, list[str]]:
+    """The program for the WKV recurrence, and remarks, one line each.
+
+    Raises: UserError if ``--op`` names one that cannot run this job.
+    """
+    operator = operator_of(shape)
+    needs = Needs(device_type=device_type, dtype=compute_dtype(runtime), head_size=shape.head_size, training=True)
+    if runtime.fla and runtime.op == "auto":
+        try:
+            return choose_backend(operator, "fla", needs), []
+        except UserError as reason:
+            remark = f"--fla: {reason.what}; what --op auto takes is used instead"
+        return choose_backend(operator, "auto", needs), [remark]
+    return choose_backend(operator, runtime.op, needs), []
+
+
+def make_adapter(method: MethodConfig) -> Adapter | None:
+    """The adapter the settings ask for; None for full training.
+
+    Raises: UserError for settings the method does not take.
+    """
+    # a tuned state is used with the base as it is, so nothing of the base may change beside it
+    parts = [] if method.peft == "state" else method.train_parts
+    return build_adapter(method.peft, method.peft_config, parts)
+
+
+def build_for_training(base: Base, config: TrainConfig, wkv: Choice, adapter: Adapter | None) -> Rwkv:
+    """Load the model and make trainable what the method trains.
+
+    Frozen weights rest in the compute dtype, trained ones in fp32. ``--adapter`` gives the adapter its first values.
+    Raises: UserError if the checkpoint or the adapter file does not fit.
+    """
+    compute = compute_dtype(config.runtime)
+    model = build_model(base.shape, wkv.run, head_size_divisor=config.model.head_size_divisor)
+    rest = torch.float32 if adapter is None else compute
+    fill_model(model, base.tensors, device="cpu", dtype=rest, source=base.path)
+    model.compute_dtype = compute
+    model.checkpointing = bool(config.runtime.grad_cp)
+    for block in model.blocks:
+        block.dropout = config.method.dropout
+    if adapter is None:
+        model.requires_grad_(True)
+    else:
+        adapter.attach(model)
+        if config.method.adapter:
+            tensors, recipe = load_adapter(config.method.adapter)
+            if recipe is not None:
+                check_base(recipe, base.path)
+            adapter.load(model, tensors)
+    return model
+
+
+def make_recipe(base: Base, config: TrainConfig, adapter: Adapter | None) -> Recipe:
+    """What merging or going on needs to know of this run."""
+    return Recipe(
+        method=config.method.peft,
+        config=adapter.settings() if adapter else {},
+        train_parts=list(adapter.parts.names) if adapter else [],
+        base_model=base.path.replace("\\", "/").rpartition("/")[2],
+        base_fingerprint=fingerprint(base.path),
+        version=base.shape.version,
+        shape=asdict(base.shape),
+        tokenizer=config.data.tokenizer,
+        ctx_len=config.data.ctx_len,
+        head_size_divisor=config.model.head_size_divisor,
+    )

@@ -1,0 +1,91 @@
+"""What a training run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rwkvpeft.config.groups import TrainConfig
+
+if TYPE_CHECKING:
+    from rwkvpeft.cli.assemble import Base
+    from rwkvpeft.data.datamodule import TrainingData
+    from rwkvpeft.models.backbone import Rwkv
+    from rwkvpeft.ops.choose import Choice
+    from rwkvpeft.training.fit import FitResult
+
+_METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
+
+
+def start_lines(config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, operator: Choice) -> list[str]:
+    """One labelled line for each thing a user may want to stop the run for."""
+    shape = base.shape
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    schedule = config.schedule
+    runtime = config.runtime
+    method = _METHODS.get(config.method.peft, config.method.peft)
+    if config.method.peft == "lora" and config.method.train_parts:
+        method += f" and {', '.join(config.method.train_parts)}"
+    batches = data.epoch_steps * schedule.epoch_count
+    rows = batches * schedule.micro_bsz * runtime.devices * runtime.num_nodes
+    steps = -(-data.epoch_steps // schedule.accumulate_grad_batches) * schedule.epoch_count
+    facts = [
+        (
+            "model",
+            f"{base.path}: RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}, {_count(total)} "
+            f"parameters",
+        ),
+        ("trained", f"{method}: {_count(trained)} parameters ({100 * trained / total:.2g} %)"),
+        ("data", data_line(data)),
+        (
+            "plan",
+            f"{schedule.epoch_count} mini-epochs of {data.epoch_steps} batches of {schedule.micro_bsz} rows; "
+            f"{steps:,} steps, {_count(rows * (config.data.ctx_len or 0))} tokens at most "
+            f"({rows / max(1, len(data.dataset)):.3g} passes over the data)",
+        ),
+        ("rate", f"{schedule.lr_init:g} to {schedule.lr_final:g}, {schedule.lr_schedule}"),
+        ("machine", f"{runtime.devices} x {runtime.accelerator}, {runtime.precision}, strategy {runtime.strategy}"),
+        ("operator", operator.report),
+        ("output", str(config.output.proj_dir)),
+    ]
+    return [f"{label:<9} {text}" for label, text in facts]
+
+
+def data_line(data: TrainingData) -> str:
+    """Documents and tokens, and how many endings the context cuts off."""
+    found = data.dataset.report()
+    text = (
+        f"{found.documents:,} documents, {_count(found.tokens)} tokens, {_count(found.trained_tokens)} of them trained"
+    )
+    if found.cut_endings:
+        text += f"; {found.cut_endings:,} documents are longer than --ctx_len and lose their ending"
+    return text
+
+
+def end_lines(config: TrainConfig, result: FitResult) -> list[str]:
+    """Where the result is and the commands that use it."""
+    folder = Path(config.output.proj_dir)
+    loss = "" if result.final_loss is None else f", loss {result.final_loss:.4f}"
+    if result.stopped_early:
+        return [f"stopped after step {result.steps}{loss}; the same command goes on from {folder / 'resume'}"]
+    newest = max(folder.glob("rwkv-*.pth"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    lines = [f"done after step {result.steps}{loss}"]
+    if newest is None:
+        return lines
+    lines.append(f"result    {newest}")
+    base = config.model.load_model
+    if config.method.peft == "none" or config.method.merge:
+        lines.append(f"try it    python -m rwkvpeft.generate --model {newest} --prompt '...'")
+        return lines
+    option = "--state" if config.method.peft == "state" else "--adapter"
+    lines.append(f"try it    python -m rwkvpeft.generate --model {base} {option} {newest} --prompt '...'")
+    lines.append(f"merge it  python merge.py --base_model {base} --checkpoint {newest} --output MERGED.pth")
+    return lines
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,}"

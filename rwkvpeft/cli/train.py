@@ -1,0 +1,116 @@
+"""``python train.py``: read the settings, check everything that can be checked, train, say what to do next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkvpeft.cli.guard import guarded
+from rwkvpeft.config.groups import OutputConfig, TrainConfig
+from rwkvpeft.config.parse import build_groups, parse_train
+from rwkvpeft.config.resolve import Machine, resolve
+from rwkvpeft.config.settings_file import read_seed, write_settings
+from rwkvpeft.errors import UserError
+from rwkvpeft.registry import ADAPTERS, find
+
+_NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the training command. Returns the exit code: 0, 2 after a user's mistake, 130 after a second Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _train(words), debug="--debug" in words)
+
+
+def _train(argv: list[str]) -> int:
+    given = parse_train(argv, _method_settings)
+    config, remarks = resolve(given, _machine(given), earlier_seed=_earlier_seed(given), files_too=True)
+    try:
+        return _run(config, remarks)
+    except (RuntimeError, MemoryError) as reason:
+        if not isinstance(reason, MemoryError) and not any(words in str(reason).lower() for words in _NO_MEMORY):
+            raise
+        raise _out_of_memory(config, reason) from reason
+
+
+def _run(config: TrainConfig, remarks: list[str]) -> int:
+    # the libraries take seconds to import: mistakes found so far have been told without them
+    from rwkvpeft.cli import assemble, report
+    from rwkvpeft.data.datamodule import TrainingData
+    from rwkvpeft.data.dataset import open_dataset
+    from rwkvpeft.data.preview import preview
+    from rwkvpeft.memory import check_memory
+    from rwkvpeft.training.fit import fit
+
+    seed = config.runtime.random_seed
+    base = assemble.open_base(config.model)
+    adapter = assemble.make_adapter(config.method)
+    operator, more = assemble.choose_operator(base.shape, config.runtime, _device_type(config))
+    assert config.data.ctx_len is not None
+    dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
+    if config.data.preview:
+        print(preview(dataset, config.data.preview))
+        return 0
+    data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
+    check_memory(base.shape, config)
+    recipe = assemble.make_recipe(base, config, adapter)
+    model = assemble.build_for_training(base, config, operator, adapter)
+    for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator)]:
+        print(line)
+    folder = Path(config.output.proj_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_settings(folder / "config.yaml", config)
+    result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=print)
+    for line in report.end_lines(config, result):
+        print(line)
+    return 0
+
+
+def _method_settings(method: str) -> type | None:
+    settings: type = find(ADAPTERS, method, flag="--peft").Config
+    return settings
+
+
+def _machine(given: dict[str, Any]) -> Machine:
+    accelerator = given.get("accelerator", "auto")
+    if accelerator == "cpu":
+        return Machine("cpu", has_bf16=True)
+    from rwkvpeft.cli.assemble import find_machine
+
+    return find_machine(accelerator)
+
+
+def _device_type(config: TrainConfig) -> str:
+    return _machine({"accelerator": config.runtime.accelerator}).device_type
+
+
+def _earlier_seed(given: dict[str, Any]) -> int | None:
+    """The seed of the run that ``--resume`` takes up, so that its order of samples goes on."""
+    output: OutputConfig = build_groups({name: given[name] for name in ("proj_dir", "resume") if name in given}).output
+    folder = Path(output.proj_dir) / "resume" if output.resume == "auto" else Path(output.resume)
+    if output.resume == "none" or not folder.is_dir():
+        return None
+    return read_seed(folder.parent / "config.yaml")
+
+
+def _out_of_memory(config: TrainConfig, reason: BaseException) -> UserError:
+    ways = []
+    if config.schedule.micro_bsz > 1:
+        steps = config.schedule.accumulate_grad_batches * config.schedule.micro_bsz
+        ways.append(f"--micro_bsz 1 --accumulate_grad_batches {steps} (the same step in smaller pieces)")
+    if not config.runtime.grad_cp:
+        ways.append("--grad_cp 1")
+    if config.runtime.precision in ("fp32", "tf32"):
+        ways.append("--precision bf16")
+    if (config.data.ctx_len or 0) > 512:
+        ways.append("--ctx_len 512")
+    if config.method.peft == "none":
+        ways.append("--peft lora")
+    lines = str(reason).strip().splitlines()
+    return UserError(
+        "there is not enough memory for this run",
+        found=lines[0] if lines else type(reason).__name__,
+        fix=ways or "a smaller model or a larger machine",
+    )
