@@ -23,7 +23,7 @@ from torch import Tensor
 
 _ARGMAX_BLOCK = 256
 # elements of logits worked on at once: what stays in a processor's cache, and what fills a GPU
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _BLOCK_ELEMENTS_GPU = 1 << 23
 
 

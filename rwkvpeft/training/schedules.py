@@ -1,0 +1,101 @@
+"""Learning rates: pure functions of the optimizer step.
+
+All share the arguments ``step`` (optimizer steps taken so far), ``total_steps`` (of the whole run, after division by
+the accumulated batches), ``lr_init``, ``lr_final`` and ``warmup_steps`` (0 or less for none). Beyond the last step
+the rate stays at ``lr_final``. Equal ends give a constant rate.
+
+Where this differs from RWKV-PEFT: its total is not divided by the accumulated batches, so that accumulating runs
+never come down; its ``wsd`` fixes the warm-up at 100 steps (and warms up twice when one is given) and ends at 0
+whatever ``lr_final`` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from rwkvpeft.config.groups import OptimizerConfig, ScheduleConfig
+from rwkvpeft.errors import ContractError
+from rwkvpeft.registry import SCHEDULES, find
+
+_WSD_WARMUP = 100
+
+
+def cosine(step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int) -> float:
+    """Half a cosine from ``lr_init`` to ``lr_final``, the warm-up's steps included, as RWKV-PEFT's ``cos``."""
+    if step >= total_steps or lr_init == lr_final:
+        lr = lr_final
+    else:
+        lr = lr_final + (lr_init - lr_final) / 2 * (1 + math.cos(math.pi * step / total_steps))
+    return lr * _warmup(step, warmup_steps)
+
+
+def warmup_stable_decay(step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int) -> float:
+    """A straight line from 0 over the warm-up, then half a cosine to ``lr_final``: RWKV-PEFT's ``wsd``, mended.
+
+    Without a given warm-up it takes 100 steps, but never more than half of the run.
+    """
+    if warmup_steps <= 0:
+        warmup_steps = min(_WSD_WARMUP, total_steps // 2)
+    if step < warmup_steps:
+        return lr_init * step / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return lr_final + (lr_init - lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def exponential(step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int) -> float:
+    """A constant factor per step after the warm-up, as RWKV-LM's v5 trainer; a straight line if one end is 0."""
+    if lr_init == 0 or lr_final == 0:
+        return linear(
+            step, total_steps=total_steps, lr_init=lr_init, lr_final=lr_final, warmup_steps=warmup_steps
+        )
+    progress = _progress(step, total_steps, warmup_steps)
+    lr = math.exp(math.log(lr_init) + (math.log(lr_final) - math.log(lr_init)) * progress)
+    return lr * _warmup(step, warmup_steps)
+
+
+def linear(step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int) -> float:
+    """A straight line from ``lr_init`` to ``lr_final`` after the warm-up."""
+    lr = lr_init + (lr_final - lr_init) * _progress(step, total_steps, warmup_steps)
+    return lr * _warmup(step, warmup_steps)
+
+
+def _progress(step: int, total_steps: int, warmup_steps: int) -> float:
+    # off by one, and by two without a warm-up (-1): RWKV-LM's own counting, kept so that runs compare
+    return min(max((step - warmup_steps + 1) / max(total_steps - warmup_steps, 1), 0.0), 1.0)
+
+
+def _warmup(step: int, warmup_steps: int) -> float:
+    return 0.01 + 0.99 * step / warmup_steps if step < warmup_steps else 1.0
+
+
+def steps_per_epoch(epoch_steps: int, accumulate_grad_batches: int) -> int:
+    """Optimizer steps of a mini-epoch of ``epoch_steps`` batches; a short last group makes a step too."""
+    return math.ceil(epoch_steps / accumulate_grad_batches)
+
+
+def build_schedule(config: ScheduleConfig, *, epoch_steps: int) -> Callable[[int], float]:
+    """The learning rate of a run as a function of the optimizer step.
+
+    Args:
+        epoch_steps: batches per device in a mini-epoch, with 0 already replaced by what one pass takes.
+    Raises: UserError if the schedule's name is unknown.
+    """
+    if config.lr_init is None or config.lr_final is None or config.warmup_steps is None:
+        raise ContractError("a schedule needs resolved settings")
+    return partial(
+        find(SCHEDULES, config.lr_schedule, flag="--lr_schedule"),
+        total_steps=steps_per_epoch(epoch_steps, config.accumulate_grad_batches) * config.epoch_count,
+        lr_init=config.lr_init,
+        lr_final=config.lr_final,
+        warmup_steps=config.warmup_steps,
+    )
+
+
+def weight_decay_at(step: int, *, total_steps: int, config: OptimizerConfig) -> float:
+    """Weight decay of the groups that have any: a straight line to ``weight_decay_final`` if that is not negative."""
+    if config.weight_decay_final < 0:
+        return config.weight_decay
+    progress = min(step / max(total_steps, 1), 1.0)
+    return config.weight_decay + (config.weight_decay_final - config.weight_decay) * progress

@@ -1,0 +1,78 @@
+"""The objective against golden models, and its adding up over micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvpeft import load_model
+from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.objectives.language_modelling import LanguageModelling
+
+
+def batch_of(tokens, targets):
+    weights = (targets >= 0).float()
+    return TokenBatch(tokens, targets, weights, weights.sum().double())
+
+
+@pytest.fixture(params=["v5", "v6", "v7"])
+def model_and_data(request, golden):
+    model = load_model(golden / f"model_{request.param}_rand.pth", dtype=torch.float32)
+    data = np.load(golden / f"model_{request.param}_rand.npz", allow_pickle=False)
+    batch = batch_of(torch.from_numpy(data["tokens"]).long(), torch.from_numpy(data["targets"]).long())
+    return model, data, batch
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("penalty", [1e-4, 0.0])
+def test_loss_and_gradients_are_upstreams(model_and_data, penalty):
+    model, data, batch = model_and_data
+    loss = LanguageModelling(logit_penalty=penalty, chunk_rows=16)(model, batch)
+    loss.total.backward()
+    assert loss.total.item() == pytest.approx(float(data["loss_ce"]), abs=1e-5)
+    prefix = "g" if penalty else "nol2_g"
+    compared = 0
+    for key in data.files:
+        kind, _, name = key.partition("|")
+        if kind not in (prefix, f"{prefix}8"):
+            continue
+        found = model.get_parameter(name).grad
+        found = found[::8] if kind.endswith("8") else found
+        expected = torch.from_numpy(data[key]).view_as(found)
+        assert (found - expected).norm() <= 2e-4 * expected.norm(), name
+        compared += 1
+    assert compared >= 3
+
+
+class Table(torch.nn.Module):
+    """The smallest thing with hidden states and a head."""
+
+    def __init__(self, vocabulary=11, channels=4):
+        super().__init__()
+        self.emb = torch.nn.Embedding(vocabulary, channels)
+        self.head = torch.nn.Linear(channels, vocabulary, bias=False)
+
+    def hidden(self, tokens, state=None):
+        return self.emb(tokens), state
+
+
+def test_micro_batches_with_a_common_normaliser_add_up_to_the_whole():
+    model, objective = Table(), LanguageModelling()
+    whole = batch_of(torch.randint(11, (4, 6)), torch.randint(11, (4, 6)))
+    whole = whole._replace(weights=torch.rand(4, 6))
+    normaliser = whole.weights.sum()
+    parts = [objective(model, TokenBatch(*(t[i : i + 1] for t in whole[:3]), normaliser), normaliser) for i in range(4)]
+    expected = objective(model, whole)
+    torch.testing.assert_close(sum(part.total for part in parts), expected.total)
+    torch.testing.assert_close(sum(part.tokens for part in parts), expected.tokens)
+
+
+def test_a_batch_of_weight_zero_has_loss_and_gradient_zero():
+    model = Table()
+    batch = batch_of(torch.randint(11, (2, 3)), torch.full((2, 3), -100))
+    loss = LanguageModelling(logit_penalty=0.0)(model, batch)
+    loss.total.backward()
+    assert loss.total == 0
+    assert loss.tokens == 0
+    assert not model.emb.weight.grad.any()

@@ -1,0 +1,48 @@
+"""Optimizer groups against those of RWKV-LM."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from rwkvpeft.training.parameter_groups import parameter_groups
+
+
+def as_table(groups):
+    return {(group["lr_scale"], group["weight_decay"]): sorted(group["names"]) for group in groups if group["names"]}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("version", [5, 6, 7])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_groups_are_those_of_rwkv_lm(golden, version, weight_decay):
+    recorded = json.loads((golden / "param_groups.json").read_text())
+    (entry,) = (e for e in recorded if e["version"] == version and e["tree"] == "pretrain")
+    (case,) = (
+        c for c in entry["cases"]
+        if (c["layerwise_lr"], c["my_pile_stage"], c["weight_decay"]) == (1, 0, weight_decay)
+    )
+    parameters = [(name, nn.Parameter(torch.empty(shape))) for name, shape in entry["shapes"].items()]
+    ours = parameter_groups(parameters, layerwise_lr=True, weight_decay=weight_decay)
+    assert as_table(ours) == as_table(case["groups"])
+
+
+def test_without_layerwise_rates_all_learn_alike():
+    parameters = [("blocks.0.att.w0", nn.Parameter(torch.ones(1, 1, 4))), ("emb.weight", nn.Parameter(torch.ones(4, 4)))]
+    groups = parameter_groups(parameters, layerwise_lr=False, weight_decay=0.1)
+    assert {group["lr_scale"] for group in groups} == {1.0}
+
+
+def test_adapter_tensors_are_not_decayed_and_frozen_ones_left_out():
+    frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    parameters = [
+        ("blocks.0.att.key.base.weight", frozen),
+        ("blocks.0.att.key.lora_A", nn.Parameter(torch.ones(2, 4))),
+        ("blocks.0.att.time_state", nn.Parameter(torch.ones(2, 4, 4))),
+    ]
+    (group,) = parameter_groups(parameters, layerwise_lr=True, weight_decay=0.1)
+    assert group["names"] == ["blocks.0.att.key.lora_A", "blocks.0.att.time_state"]
+    assert (group["lr_scale"], group["weight_decay"]) == (1.0, 0.0)
