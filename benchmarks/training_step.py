@@ -1,0 +1,211 @@
+"""How much a training step costs beyond its matrix products.
+
+    python benchmarks/training_step.py                     0.1B v7, LoRA r 32, ctx 512, fp32 and bf16
+    python benchmarks/training_step.py --version x060 --precision fp32
+
+One step (forward, loss, backward) of a randomly initialised model is timed; then every matrix product the step asked
+for outside the WKV operator is timed alone on tensors of the same shapes, strides and dtype, in the same process.
+The ratio of the two is printed, with the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkvpeft.adapters.lora import LoraAdapter
+from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.shape import new_shape
+from rwkvpeft.ops.choose import choose_backend
+from rwkvpeft.ops.contract import Needs
+from rwkvpeft.ops.cross_entropy import linear_cross_entropy
+from rwkvpeft.registry import MODELS, find
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down shapes, strides and dtypes of every matrix product outside the WKV operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[Any, list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]]] = []
+        self.inside_operator = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS and not self.inside_operator:
+            self.products.append((func, [(tuple(t.shape), t.stride(), t.dtype) for t in args if isinstance(t, Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+
+def make_model(options: argparse.Namespace, dtype: torch.dtype) -> Rwkv:
+    shape = new_shape(options.version, n_layer=options.n_layer, n_embd=options.n_embd, vocab_size=options.vocab_size)
+    needs = Needs(device_type=options.device, dtype=dtype, head_size=shape.head_size, training=True)
+    wkv = choose_backend(operator_of(shape), options.op, needs).run
+    model = build_model(shape, wkv)
+    weights = find(MODELS, options.version, flag="--version").initial_weights(shape)
+    # zero matrices would make products and gradients unlike those of a trained model
+    weights = {name: torch.randn_like(t) * 0.02 if not t.any() and t.dim() > 1 else t for name, t in weights.items()}
+    fill_model(model, weights, device=options.device, dtype=dtype, source="random weights")
+    return model.train()
+
+
+def operator_calls(model: Rwkv, recorder: Recorder) -> None:
+    """Keep the products of the WKV operator, forward and backward, out of the record."""
+    from rwkvpeft.models.backbone import TimeMixing
+
+    class Marker(torch.autograd.Function):
+        """Identity whose backward moves the recorder into or out of the operator."""
+
+        @staticmethod
+        def forward(ctx, step, *tensors):
+            ctx.step = step
+            return tuple(t.view_as(t) for t in tensors)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            recorder.inside_operator += ctx.step
+            return (None, *grads)
+
+    for module in model.modules():
+        if not isinstance(module, TimeMixing):
+            continue
+        run = module.wkv
+
+        def marked(run=run, **inputs):
+            names = [name for name, tensor in inputs.items() if tensor is not None]
+            entered = dict(zip(names, Marker.apply(-1, *(inputs[name] for name in names)), strict=True))
+            recorder.inside_operator += 1
+            outputs = run(**(inputs | entered))
+            recorder.inside_operator -= 1
+            return Marker.apply(1, *outputs)
+
+        module.wkv = marked
+
+
+@contextmanager
+def plain_operators(model: Rwkv) -> Iterator[None]:
+    kept = {module: module.wkv for module in model.modules() if hasattr(module, "wkv")}
+    yield
+    for module, run in kept.items():
+        module.wkv = run
+
+
+def timed(run: Callable[[], object], repeats: int, device: str) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measure(options: argparse.Namespace, precision: str) -> None:
+    dtype = DTYPES[precision]
+    model = make_model(options, dtype)
+    if options.rank:
+        LoraAdapter.from_settings({"r": options.rank, "lora_alpha": options.rank, "lora_dropout": 0.0}).attach(model)
+    model.checkpointing = bool(options.grad_cp)
+    tokens = torch.randint(1, options.vocab_size, (options.batch, options.ctx_len + 1), device=options.device)
+    weights = torch.ones(options.batch, options.ctx_len, device=options.device)
+
+    def step() -> None:
+        hidden, _ = model.hidden(tokens[:, :-1])
+        loss = linear_cross_entropy(
+            hidden,
+            model.head.weight,
+            tokens[:, 1:],
+            weights,
+            normaliser=weights.sum(),
+            logit_penalty=1e-4,
+            chunk_rows=256,
+        )
+        loss.backward()
+
+    step()
+    recorder = Recorder()
+    with plain_operators(model):
+        operator_calls(model, recorder)
+        with recorder:
+            step()
+    made = [
+        (
+            func,
+            [
+                torch.randn(1, dtype=torch.float32).to(kind).as_strided((1,), (1,))
+                if not shape
+                else torch.empty_strided(shape, stride, dtype=kind, device=options.device).normal_()
+                for shape, stride, kind in tensors
+            ],
+        )
+        for func, tensors in _unique(recorder.products)
+    ]
+    counts = [recorder.products.count(entry) for entry in _unique(recorder.products)]
+    whole, products = [], []
+    for _ in range(options.rounds):
+        whole.append(timed(step, options.repeats, options.device))
+        products.append(
+            sum(
+                count * timed(lambda f=func, t=tensors: f(*t), options.repeats, options.device)
+                for (func, tensors), count in zip(made, counts, strict=True)
+            )
+        )
+    ratio = min(whole) / min(products)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{options.version} {precision}: step {min(whole) * 1e3:8.1f} ms   products {min(products) * 1e3:8.1f} ms   "
+        f"ratio {ratio:.2f}   peak {peak:.2f} GiB   {options.batch * options.ctx_len / min(whole):.0f} tokens/s"
+    )
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            step()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+
+
+def _unique(products: list) -> list:
+    seen: list = []
+    for entry in products:
+        if entry not in seen:
+            seen.append(entry)
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", default="x070", choices=sorted(MODELS))
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=65536)
+    parser.add_argument("--ctx_len", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=32, help="LoRA rank; 0: full training")
+    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--op", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="print where the time of one step goes")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for precision in options.precision:
+        measure(options, precision)
+
+
+if __name__ == "__main__":
+    main()
