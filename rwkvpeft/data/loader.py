@@ -1,0 +1,185 @@
+"""Rows become batches: which rows, in what order, on which rank. B rows, T tokens.
+
+Everything follows from the number of a batch, so any number of workers gives the same batches and a run can go on
+from any of them.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.data.rows import Row, RowDataset
+from rwkvpeft.errors import ContractError, UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one rank's batches are laid over the positions of a run.
+
+    Attributes:
+        micro_bsz: rows of a batch.
+        epoch_steps: batches of this rank in a mini-epoch.
+        accumulate: batches of an optimizer step; counting starts anew with each mini-epoch, so that its last step may
+            have fewer.
+        rank, world_size: this process among all that train together.
+        first_batch: batches that earlier runs drew before batch 0 of this one.
+    """
+
+    micro_bsz: int
+    epoch_steps: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    first_batch: int = 0
+
+    def positions(self, batch: int) -> range:
+        """The positions of a batch's rows; the ranks' batches of one number lie side by side."""
+        start = ((self.first_batch + batch) * self.world_size + self.rank) * self.micro_bsz
+        return range(start, start + self.micro_bsz)
+
+    def groups(self, begin: int, end: int) -> list[Group]:
+        """The optimizer steps that batches ``begin`` to ``end`` - 1 belong to, cut to those batches."""
+        groups: list[Group] = []
+        batch = begin
+        while batch < end:
+            epoch_start = batch - batch % self.epoch_steps
+            start = batch - (batch - epoch_start) % self.accumulate
+            stop = min(start + self.accumulate, epoch_start + self.epoch_steps)
+            groups.append(Group(start, stop, batch, min(stop, end)))
+            batch = stop
+        return groups
+
+
+class Group(NamedTuple):
+    """The batches ``start`` to ``stop`` - 1 share an optimizer step; ``begin`` to ``end`` - 1 of them are wanted."""
+
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+
+class TrainLoader:
+    """The batches ``begin`` to ``end`` - 1 of a run; can be iterated over again, and be given another range.
+
+    Args:
+        workers: arguments of torch's DataLoader: num_workers, persistent_workers, prefetch_factor, and so on.
+    Raises: UserError for rows of different lengths in one batch.
+    """
+
+    def __init__(self, dataset: RowDataset, plan: BatchPlan, begin: int, end: int, **workers: Any) -> None:
+        require_equal_lengths(dataset, plan.micro_bsz)
+        self.plan = plan
+        self._order: list[Group] = []
+        self.select(begin, end)
+        # arrays travel from workers through pipes: no shared memory to run out of, no file handle for each tensor
+        self._loader = DataLoader(
+            _Steps(dataset, plan),
+            batch_size=None,
+            sampler=self._order,
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_interrupts if workers.get("num_workers") else None,
+            **workers,
+        )
+
+    def select(self, begin: int, end: int) -> None:
+        """Go on with another range of batches."""
+        if not 0 <= begin <= end:
+            raise ContractError(f"batches {begin} to {end} are no range")
+        self._length = end - begin
+        self._order[:] = self.plan.groups(begin, end)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        for rows_of_batches, step_weight in self._loader:
+            for rows in rows_of_batches:
+                yield _batch(rows, step_weight)
+
+
+def worker_arguments(config: DataConfig) -> dict[str, Any]:
+    """Arguments of ``TrainLoader`` from the flags. Raises: UserError for a flag that needs workers without any."""
+    if config.num_workers == 0:
+        for name in ("persistent_workers", "prefetch_factor"):
+            if getattr(config, name):
+                raise UserError(
+                    f"--{name} has no effect without data workers",
+                    found="--num_workers 0",
+                    fix=f"--num_workers 2, or leave --{name} out",
+                )
+        return {}
+    return {
+        "num_workers": config.num_workers,
+        "persistent_workers": config.persistent_workers,
+        "prefetch_factor": config.prefetch_factor,
+    }
+
+
+def evaluation_batches(dataset: RowDataset, micro_bsz: int) -> Iterator[TokenBatch]:
+    """All rows once, in the file's order; the last batch may be short. ``step_weight`` is that of the batch alone.
+
+    Raises: UserError for rows of different lengths in one batch.
+    """
+    require_equal_lengths(dataset, micro_bsz)
+    for start in range(0, len(dataset), micro_bsz):
+        rows = [dataset.row(index) for index in range(start, min(start + micro_bsz, len(dataset)))]
+        yield _batch(_stack(rows), _weight_sum(rows))
+
+
+def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:
+    """Raises: UserError if rows that differ in length would have to share a batch."""
+    if dataset.varies and micro_bsz != 1:
+        raise UserError(
+            "--dataload only needs --micro_bsz 1, for its rows differ in length",
+            found=f"--micro_bsz {micro_bsz}",
+            fix="--micro_bsz 1 with --accumulate_grad_batches for larger steps, or --dataload pad",
+        )
+
+
+class _Steps(Dataset[tuple[list[Row], float]]):
+    """What workers make: the stacked rows of the wanted batches of a group, and the weight of the whole group."""
+
+    def __init__(self, dataset: RowDataset, plan: BatchPlan) -> None:
+        self.dataset = dataset
+        self.plan = plan
+
+    def __getitem__(self, group: Group) -> tuple[list[Row], float]:
+        rows = {
+            batch: [self.dataset.sample(position) for position in self.plan.positions(batch)]
+            for batch in range(group.start, group.stop)
+        }
+        step_weight = sum(_weight_sum(batch) for batch in rows.values())
+        return [_stack(rows[batch]) for batch in range(group.begin, group.end)], step_weight
+
+
+def _stack(rows: list[Row]) -> Row:
+    """Rows of one length as one of arrays (B, T)."""
+    return Row(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _weight_sum(rows: list[Row]) -> float:
+    return sum(float(row.weights.sum(dtype=np.float64)) for row in rows)
+
+
+def _batch(rows: Row, step_weight: float) -> TokenBatch:
+    input_ids, labels, weights = (torch.from_numpy(array) for array in rows)
+    return TokenBatch(input_ids, labels, weights, torch.tensor(step_weight, dtype=torch.float64))
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the training process alone decides how to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,53 @@
+"""What the data hold and how much of it is trained, in a few lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of one pass over the data.
+
+    Attributes:
+        documents, tokens: in the file.
+        longest: tokens of the longest document, its final 0 included.
+        rows: rows that hold something to train.
+        ctx_len: tokens in a row at most.
+        trained_tokens: targets of weight 1.
+        cut_endings: documents whose final 0 lies beyond the row, so that their end is never learnt.
+        empty_rows: rows without a trained token, which are left out.
+        scanned_documents: how many documents, from the first, the counts of trained tokens and empty rows are about.
+    """
+
+    documents: int
+    tokens: int
+    longest: int
+    rows: int
+    ctx_len: int
+    trained_tokens: int
+    cut_endings: int
+    empty_rows: int
+    scanned_documents: int
+
+    def render(self) -> str:
+        """The counts as text; what needs attention stands on lines of its own."""
+        partial = self.scanned_documents < self.documents
+        scope = f" in the first {self.scanned_documents:,} documents" if partial else ""
+        lines = [
+            f"data: {_count(self.documents, 'document')}, {_count(self.tokens, 'token')}, the longest {self.longest:,}",
+            f"rows: {self.rows:,} of at most {self.ctx_len:,} tokens, {self.trained_tokens:,} tokens trained{scope}",
+        ]
+        if self.cut_endings:
+            share = 100 * self.cut_endings / self.documents
+            lines.append(
+                f"note: {_count(self.cut_endings, 'document')} ({share:.1f} %) longer than --ctx_len "
+                f"{self.ctx_len:,} + 1: the rest of each is cut off and its end is not trained"
+            )
+        if self.empty_rows:
+            lines.append(f"note: {_count(self.empty_rows, 'row')} without a trained token left out{scope}")
+        return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

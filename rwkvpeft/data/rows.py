@@ -1,0 +1,250 @@
+"""Rows of tokens, cut from documents or from the whole stream. T is the length of a row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkvpeft.data.report import DataReport
+from rwkvpeft.data.rules import MaskRule
+from rwkvpeft.data.sampling import magic_prime_window, random_start, sample_index
+from rwkvpeft.data.source import TokenSource
+
+# more is not read before training starts, which would take minutes
+SCANNED_DOCUMENTS = 200_000
+SCANNED_TOKENS = 100_000_000
+
+_ATTEMPTS = 1000
+
+
+class Row(NamedTuple):
+    """One row: ``input_ids`` and ``labels`` (T,) int64, the label being the next token; ``weights`` (T,) fp32."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+class Sample(NamedTuple):
+    """A row as a run draws it.
+
+    ``name`` says what it is, for people; ``length`` tokens of it are data, the first of them no target, and the rest
+    padding; ``is_cut`` if the end of its document did not fit.
+    """
+
+    row: Row
+    name: str
+    length: int
+    is_cut: bool
+
+
+class RowDataset(ABC):
+    """Rows of one pass, and the order in which a run draws them.
+
+    Attributes:
+        ctx_len: tokens in a row, or the most a row may have.
+        varies: whether rows differ in length, so that they cannot share a batch.
+        source: the documents.
+        rule: what of a document is trained.
+        tokenizer: name of the tokenizer that made the tokens.
+    """
+
+    varies = False
+    tokenizer = "world"
+
+    def __init__(self, source: TokenSource, rule: MaskRule, ctx_len: int) -> None:
+        self.source = source
+        self.rule = rule
+        self.ctx_len = ctx_len
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows that hold something to train."""
+
+    @abstractmethod
+    def row(self, index: int) -> Row:
+        """Row ``index`` of a pass in the file's order."""
+
+    @abstractmethod
+    def draw(self, position: int) -> Sample:
+        """What a run draws at a position, which counts rows over all ranks; a pure function."""
+
+    def sample(self, position: int) -> Row:
+        """The row that a run draws at a position."""
+        return self.draw(position).row
+
+    @abstractmethod
+    def report(self) -> DataReport:
+        """Counts of the data and of what is trained in one pass."""
+
+
+class DocumentRows(RowDataset):
+    """``pad`` and ``only``: a row is a document, cut to ctx_len + 1 tokens.
+
+    With ``pad`` all rows have ctx_len tokens: behind a short document the stream goes on, with weight 0. A document
+    without a trained token is left out; ``SCANNED_DOCUMENTS`` and ``SCANNED_TOKENS`` bound how far they are looked for.
+    """
+
+    def __init__(
+        self, source: TokenSource, rule: MaskRule, ctx_len: int, *, seed: int, shuffle: bool, pads: bool
+    ) -> None:
+        super().__init__(source, rule, ctx_len)
+        self.varies = not pads
+        self._seed = seed
+        self._shuffle = shuffle
+        sizes = np.minimum(source.sizes, ctx_len + 1)
+        self._scanned, trained = _count_trained(source, rule, sizes)
+        self._trained_tokens = int(trained[: self._scanned].sum())
+        # beyond what was scanned a document counts as trained if it has a target at all
+        self._documents = np.flatnonzero(trained > 0)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def row(self, index: int) -> Row:
+        """Document number ``index`` of those with something to train."""
+        document = int(self._documents[index])
+        length = min(int(self.source.sizes[document]), self.ctx_len + 1)
+        tokens = self.source.read(document)[:length] if self.varies else self._continued(document)
+        weights = np.zeros(len(tokens) - 1, dtype=np.float32)
+        weights[: length - 1] = self.rule.weights(self.source, document, length)[1:]
+        return _row(tokens, weights)
+
+    def draw(self, position: int) -> Sample:
+        """Each pass over the documents has its own order."""
+        index = sample_index(position, len(self), self._seed, self._shuffle)
+        document = int(self._documents[index])
+        size = int(self.source.sizes[document])
+        longest = self.ctx_len + 1
+        return Sample(self.row(index), f"document {document}", min(size, longest), size > longest)
+
+    def report(self) -> DataReport:
+        """Counts; those of trained tokens and rows are of the scanned documents."""
+        sizes = self.source.sizes
+        return DataReport(
+            documents=len(sizes),
+            tokens=self.source.n_tokens,
+            longest=int(sizes.max(initial=0)),
+            rows=len(self),
+            ctx_len=self.ctx_len,
+            trained_tokens=self._trained_tokens,
+            cut_endings=int((sizes > self.ctx_len + 1).sum()),
+            empty_rows=len(sizes) - len(self),
+            scanned_documents=self._scanned,
+        )
+
+    def _continued(self, document: int) -> NDArray[np.integer]:
+        """ctx_len + 1 tokens from the document's start; where the file ends first, document 0 follows the document."""
+        start, length = int(self.source.starts[document]), self.ctx_len + 1
+        if start + length <= self.source.n_tokens:
+            return self.source.tokens(start, length)
+        tokens = self.source.read(document)
+        # a file shorter than a row is repeated
+        return np.concatenate([tokens, np.resize(self.source.stream[:length], max(0, length - len(tokens)))])[:length]
+
+
+class WindowRows(RowDataset):
+    """``get``: a row is ctx_len tokens of the whole stream, wherever documents end.
+
+    Order: RWKV-LM's if a magic prime is given; otherwise windows that start anywhere, or with ``shuffle`` off
+    those of the file one after the other.
+    """
+
+    def __init__(
+        self, source: TokenSource, rule: MaskRule, ctx_len: int, *, seed: int, shuffle: bool, magic_prime: int
+    ) -> None:
+        super().__init__(source, rule, ctx_len)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._magic_prime = magic_prime
+        n_windows = (source.n_tokens - 1) // ctx_len
+        if rule.trains_everything:
+            self._mask: NDArray[np.uint8] | None = None
+            self._windows = np.arange(n_windows)
+            self._trained_tokens = n_windows * ctx_len
+        else:
+            self._mask = _stream_mask(source, rule)
+            targets = self._mask[1 : 1 + n_windows * ctx_len].reshape(n_windows, ctx_len)
+            trained = targets.sum(axis=1, dtype=np.int64)
+            self._windows = np.flatnonzero(trained)
+            self._trained_tokens = int(trained.sum())
+        self._empty = n_windows - len(self._windows)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def row(self, index: int) -> Row:
+        """Window number ``index`` of those with something to train, in the file's order."""
+        return self._at(int(self._windows[index]) * self.ctx_len)
+
+    def draw(self, position: int) -> Sample:
+        """The window at a position in the order of the class. None is cut: another goes on where it ends."""
+        start = self._start(position)
+        return Sample(self._at(start), f"window from token {start}", self.ctx_len + 1, is_cut=False)
+
+    def report(self) -> DataReport:
+        """Counts of the windows that follow each other without a gap."""
+        sizes = self.source.sizes
+        return DataReport(
+            documents=len(sizes),
+            tokens=self.source.n_tokens,
+            longest=int(sizes.max(initial=0)),
+            rows=len(self),
+            ctx_len=self.ctx_len,
+            trained_tokens=self._trained_tokens,
+            cut_endings=0,
+            empty_rows=self._empty,
+            scanned_documents=len(sizes),
+        )
+
+    def _start(self, position: int) -> int:
+        if self._magic_prime:
+            return magic_prime_window(position, self._magic_prime) * self.ctx_len
+        if self._shuffle:
+            last = self.source.n_tokens - self.ctx_len - 1
+            for attempt in range(_ATTEMPTS):
+                start = random_start(position, last, self._seed, attempt)
+                if self._mask is None or self._mask[start + 1 : start + 1 + self.ctx_len].any():
+                    return start
+        # where answers are that rare, the windows that have any are drawn in turn
+        index = sample_index(position, len(self), self._seed, self._shuffle)
+        return int(self._windows[index]) * self.ctx_len
+
+    def _at(self, start: int) -> Row:
+        tokens = self.source.tokens(start, self.ctx_len + 1)
+        if self._mask is None:
+            return _row(tokens, np.ones(self.ctx_len, dtype=np.float32))
+        return _row(tokens, self._mask[start + 1 : start + 1 + self.ctx_len].astype(np.float32))
+
+
+def _row(tokens: NDArray[np.integer], weights: NDArray[np.float32]) -> Row:
+    return Row(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64), weights)
+
+
+def _count_trained(
+    source: TokenSource, rule: MaskRule, sizes: NDArray[np.integer]
+) -> tuple[int, NDArray[np.integer]]:
+    """How many documents were scanned, and for each document its trained tokens, or its targets where not scanned.
+
+    ``sizes`` are the documents' lengths after the cut.
+    """
+    trained = np.maximum(sizes - 1, 0)
+    if rule.trains_everything:
+        return len(sizes), trained
+    total = np.cumsum(sizes, dtype=np.int64)
+    scanned = min(len(sizes), SCANNED_DOCUMENTS, int(np.searchsorted(total, SCANNED_TOKENS)) + 1)
+    for document in range(scanned):
+        trained[document] = rule.weights(source, document, int(sizes[document]))[1:].sum()
+    return scanned, trained
+
+
+def _stream_mask(source: TokenSource, rule: MaskRule) -> NDArray[np.uint8]:
+    """(n_tokens,) 1 where a token of the stream is trained."""
+    mask = np.zeros(source.n_tokens, dtype=np.uint8)
+    for document in range(len(source)):
+        start, size = int(source.starts[document]), int(source.sizes[document])
+        mask[start : start + size] = rule.weights(source, document, size)
+    return mask
