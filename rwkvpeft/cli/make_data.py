@@ -86,8 +86,10 @@ def _run(options: argparse.Namespace) -> int:
     # numpy and the tokenizer take a while to import: --help does not wait for them
     from rwkvpeft.data.binidx import BinidxSource
     from rwkvpeft.data.convert import Conversion, convert
+    from rwkvpeft.data.jsonl import require_readable
     from rwkvpeft.data.tokenizer import load_tokenizer
 
+    require_readable(options.file)
     prefix = _output_prefix(options.file, options.output)
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     job = Conversion(
@@ -115,7 +117,7 @@ def _output_prefix(source: Path, output: Path | None) -> Path:
         raise UserError("--output has no file name", found=str(output), expected="a prefix, for instance data/train")
     for suffix in (".bin", ".idx"):
         target = prefix.with_name(prefix.name + suffix)
-        if target.exists() and source.exists() and target.samefile(source):
+        if target.exists() and target.samefile(source):
             raise UserError(f"the output {target} would replace the input", fix="--output with another prefix")
     return prefix
 

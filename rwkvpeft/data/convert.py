@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 from array import array
@@ -22,6 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -30,7 +32,7 @@ import numpy.typing as npt
 
 from rwkvpeft.atomic import writing
 from rwkvpeft.data.binidx import BinidxWriter
-from rwkvpeft.data.block import BadDocument, Block, tokenise_block
+from rwkvpeft.data.block import BadDocument, Block, prepare, tokenise_block
 from rwkvpeft.data.jsonl import blocks, line_error, require_readable
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
@@ -170,8 +172,7 @@ def _tokenised_blocks(job: Conversion) -> Iterator[tuple[int, Block]]:
         for start, end in ranges:
             yield end, tokenise_block(job.path, start, end, job.tokenizer, job.text_key)
         return
-    # new processes rather than forks: the tokenizer's library has threads of its own
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(workers, _start_method(job.tokenizer), initializer=_prepare_worker)
     waiting: deque[tuple[int, Future[Block]]] = deque()
     try:
         for start, end in ranges:
@@ -197,6 +198,14 @@ def _suitable_workers(path: Path) -> int:
     # where the system tells, the processors this process may use; a container has fewer than the machine
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(allowed or 1, _MOST_WORKERS)
+
+
+def _start_method(tokenizer: str) -> BaseContext:
+    # forks share one tokenizer, of 240 MB for World; a program with other threads cannot fork safely
+    if sys.platform == "linux" and threading.active_count() == 1:
+        prepare(tokenizer)
+        return multiprocessing.get_context("fork")
+    return multiprocessing.get_context("spawn")
 
 
 def _prepare_worker() -> None:

@@ -170,7 +170,7 @@ class JsonlSource(TokenSource):
                 what = reason.what if isinstance(reason, UserError) else str(reason)
                 shown = json.dumps(record.value, ensure_ascii=False)[:_SHOWN]
                 raise line_error(path, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
-            stream.extend(tokens)
+            stream.extend(array(stream.typecode, tokens))
             sizes.append(len(tokens))
             trained += mask.tobytes()
         self.stream = _read_only(np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -155,23 +155,30 @@ class WorldTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Greedy longest match, in Rust."""
         try:
-            return self._encode(text)
+            return _world_encoder()(text)
         except UnicodeEncodeError as reason:
             raise _surrogate_error(reason) from reason
 
     @cached_property
-    def _encode(self) -> Callable[[str], list[int]]:
-        path = world_vocabulary_path()
-        import pyrwkv_tokenizer
-
-        encode: Callable[[str], list[int]] = pyrwkv_tokenizer.WorldTokenizer(str(path)).encode
-        return encode
-
-    @cached_property
     def table(self) -> Sequence[bytes]:
         """The vocabulary file's tokens by id."""
-        table = read_vocabulary(world_vocabulary_path())
-        return table + [b""] * (WORLD_VOCABULARY_SIZE - len(table))
+        return _world_table()
+
+
+# once per process: the search tree of the Rust tokenizer takes 240 MB and half a second
+@cache
+def _world_encoder() -> Callable[[str], list[int]]:
+    path = world_vocabulary_path()
+    import pyrwkv_tokenizer
+
+    encode: Callable[[str], list[int]] = pyrwkv_tokenizer.WorldTokenizer(str(path)).encode
+    return encode
+
+
+@cache
+def _world_table() -> list[bytes]:
+    table = read_vocabulary(world_vocabulary_path())
+    return table + [b""] * (WORLD_VOCABULARY_SIZE - len(table))
 
 
 class VocabularyTokenizer(Tokenizer):
