@@ -87,6 +87,8 @@ class TrainLoader:
             batch_size=None,
             sampler=self._order,
             collate_fn=_as_it_is,
+            # a generator of its own: the global one would differ between a resumed run and one that went through
+            generator=torch.Generator(),
             worker_init_fn=_ignore_interrupts if workers.get("num_workers") else None,
             **workers,
         )
