@@ -56,36 +56,37 @@ def se_weights(tokens: Tokens, tokenizer: Tokenizer, start: str, end: str) -> We
 
 def _weights(tokens: Tokens, tokenizer: Tokenizer, find_spans: Callable[[bytes], Spans]) -> Weights:
     weights = np.zeros(len(tokens), dtype=np.float32)
-    for begin, end in _documents(np.asarray(tokens), _unit(tokenizer)):
-        ended = end > begin and tokens[end - 1] == END_OF_DOCUMENT
-        body = tokens[begin : end - 1] if ended else tokens[begin:end]
-        weights[begin : begin + len(body)], finished = _body_weights(body, tokenizer, find_spans)
-        if ended:
-            weights[end - 1] = finished
+    if not len(tokens):
+        return weights
+    _require_known(tokens, tokenizer)
+    # all documents are spelled at once: numpy costs more by the call than by the token
+    text = tokenizer.spell(tokens)
+    lengths = tokenizer.byte_lengths[tokens]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    spans: Spans = []
+    for begin, end in _documents(tokens, _unit(tokenizer)):
+        has_end = tokens[end - 1] == END_OF_DOCUMENT
+        body = slice(int(starts[begin]), int(starts[end - 1] if has_end else ends[end - 1]))
+        found = [(body.start + one, body.start + two) for one, two in find_spans(text[body]) if one < two]
+        spans += found
+        weights[end - 1] = bool(has_end and found and found[-1][1] == body.stop)
+    if spans:
+        span_starts, span_ends = np.array(spans).T
+        # tokens from the first that starts in the span up to the last that ends in it
+        firsts, stops = np.searchsorted(starts, span_starts), np.searchsorted(ends, span_ends, side="right")
+        for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True):
+            weights[first:stop] = 1
     return weights
 
 
-def _body_weights(body: Tokens, tokenizer: Tokenizer, find_spans: Callable[[bytes], Spans]) -> tuple[Weights, bool]:
-    """Weights of a document without its final token, and whether its last byte is trained."""
-    weights = np.zeros(len(body), dtype=np.float32)
-    if len(body) and int(body.max()) >= tokenizer.vocab_size:
+def _require_known(tokens: Tokens, tokenizer: Tokenizer) -> None:
+    if int(tokens.max()) >= tokenizer.vocab_size:
         raise UserError(
             "the data were not made with this --tokenizer",
-            found=f"token id {int(body.max())}",
+            found=f"token id {int(tokens.max())}",
             expected=f"ids below {tokenizer.vocab_size}, which {tokenizer.name} has",
         )
-    text = tokenizer.spell(body)
-    spans = find_spans(text)
-    if not spans:
-        return weights, False
-    lengths = tokenizer.byte_lengths[body]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = ends - lengths
-    for begin, end in spans:
-        # tokens from the first that starts in the span up to the last that ends in it
-        weights[np.searchsorted(starts, begin) : np.searchsorted(ends, end, side="right")] = 1
-    last_begin, last_end = spans[-1]
-    return weights, last_begin < last_end == len(text)
 
 
 def _documents(tokens: Tokens, unit: int) -> Iterator[tuple[int, int]]:

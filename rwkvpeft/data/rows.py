@@ -236,8 +236,7 @@ def _count_trained(
         return len(sizes), trained
     total = np.cumsum(sizes, dtype=np.int64)
     scanned = min(len(sizes), SCANNED_DOCUMENTS, int(np.searchsorted(total, SCANNED_TOKENS)) + 1)
-    for document in range(scanned):
-        trained[document] = rule.weights(source, document, int(sizes[document]))[1:].sum()
+    trained[:scanned] = rule.count(source, sizes[:scanned].tolist())
     return scanned, trained
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.jsonl import JsonlSource
-from rwkvpeft.data.masks import QA_LOOKAHEAD, Weights, qa_weights, se_weights
+from rwkvpeft.data.masks import QA_LOOKAHEAD, Tokens, Weights, qa_weights, se_weights
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.tokenizer import Tokenizer, load_tokenizer
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from rwkvpeft.errors import UserError
+
+_COUNTED_AT_ONCE = 256
 
 
 class MaskRule(ABC):
@@ -23,6 +26,10 @@ class MaskRule(ABC):
     @abstractmethod
     def weights(self, source: TokenSource, document: int, length: int) -> Weights:
         """(length,) fp32, weights of the first ``length`` tokens of a document that has at least as many."""
+
+    def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
+        """For the first ``len(lengths)`` documents, the trained ones of the first tokens behind the very first."""
+        return [int(self.weights(source, index, length)[1:].sum()) for index, length in enumerate(lengths)]
 
 
 class EveryToken(MaskRule):
@@ -35,35 +42,79 @@ class EveryToken(MaskRule):
         return np.ones(length, dtype=np.float32)
 
 
-class AnswersOnly(MaskRule):
+class TextRule(MaskRule):
+    """A rule that reads the text of a document, a little beyond the cut."""
+
+    tokenizer: str
+    lookahead: int
+
+    @abstractmethod
+    def find(self, tokens: Tokens) -> Weights:
+        """(T,) weights of one document or, in UTF-8, of several that each end in 0."""
+
+    def weights(self, source: TokenSource, document: int, length: int) -> Weights:
+        """1 where the text tells to train."""
+        return self.find(source.read(document)[: length + self.lookahead])[:length]
+
+    def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
+        """Counts of many documents at once, which takes a fraction of the time of one by one."""
+        if shared_tokenizer(self.tokenizer).encoding != "utf-8":
+            return super().count(source, lengths)
+        counts: list[int] = []
+        for begin in range(0, len(lengths), _COUNTED_AT_ONCE):
+            counts += self._count_some(source, begin, lengths[begin : begin + _COUNTED_AT_ONCE])
+        return counts
+
+    def _count_some(self, source: TokenSource, begin: int, lengths: Sequence[int]) -> list[int]:
+        end = np.array([END_OF_DOCUMENT])
+        pieces: list[Tokens] = []
+        for document, length in enumerate(lengths, start=begin):
+            # an end is added behind each, for a document that is cut has none; a second one changes nothing
+            pieces += [source.read(document)[: length + self.lookahead], end]
+        before = np.concatenate([[0], np.cumsum(self.find(np.concatenate(pieces)), dtype=np.int64)])
+        starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1:2]
+        stops = starts + np.asarray(lengths)
+        return (before[stops] - before[np.minimum(starts + 1, stops)]).tolist()
+
+
+class AnswersOnly(TextRule):
     """``qa``: what an assistant says, known from the roles of a record or else found in the text."""
+
+    lookahead = QA_LOOKAHEAD
 
     def __init__(self, tokenizer: str) -> None:
         self.tokenizer = tokenizer
 
-    def weights(self, source: TokenSource, document: int, length: int) -> Weights:
+    def find(self, tokens: Tokens) -> Weights:
         """1 for answers, the separators behind them and the end of a document that they end."""
+        return qa_weights(tokens, shared_tokenizer(self.tokenizer))
+
+    def weights(self, source: TokenSource, document: int, length: int) -> Weights:
+        """As ``find``, from the roles where they are known."""
         if isinstance(source, JsonlSource):
             return source.trained(document)[:length].astype(np.float32)
-        tokens = source.read(document)[: length + QA_LOOKAHEAD]
-        return qa_weights(tokens, shared_tokenizer(self.tokenizer))[:length]
+        return super().weights(source, document, length)
+
+    def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
+        """As ``weights``, document by document where the roles are known."""
+        if isinstance(source, JsonlSource):
+            return MaskRule.count(self, source, lengths)
+        return super().count(source, lengths)
 
 
-class BetweenMarkers(MaskRule):
+class BetweenMarkers(TextRule):
     """``se``: what stands between two texts."""
 
     def __init__(self, tokenizer: str, start: str, end: str) -> None:
         self.tokenizer = tokenizer
         self.start = start
         self.end = end
-
-    def weights(self, source: TokenSource, document: int, length: int) -> Weights:
-        """1 between the markers."""
-        tokenizer = shared_tokenizer(self.tokenizer)
         # a token has at least a byte, so a marker that begins before the cut ends within as many tokens
-        lookahead = max(len(tokenizer.to_bytes(marker)) for marker in (self.start, self.end))
-        tokens = source.read(document)[: length + lookahead]
-        return se_weights(tokens, tokenizer, self.start, self.end)[:length]
+        self.lookahead = max(len(shared_tokenizer(tokenizer).to_bytes(marker)) for marker in (start, end))
+
+    def find(self, tokens: Tokens) -> Weights:
+        """1 between the markers."""
+        return se_weights(tokens, shared_tokenizer(self.tokenizer), self.start, self.end)
 
 
 def mask_rule(config: DataConfig) -> MaskRule:

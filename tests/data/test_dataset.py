@@ -154,6 +154,17 @@ def test_the_report_counts_documents_cut_endings_and_trained_tokens(binidx):
     assert "1 document (33.3 %) longer" in report.render()
 
 
+@pytest.mark.parametrize("ctx_len", [13, 17, 19, 20, 21, 64])
+@pytest.mark.parametrize("mask", ["qa", "se"])
+def test_documents_counted_together_count_as_each_alone(binidx, mask, ctx_len):
+    config = binidx(*texts("User: a\n\nAssistant: bc", "x", "", "Assistant: d\n\nUser: e"), [0, 1, 0], [65] * 9)
+    markers = {"mask0": ":", "mask1": "U"}
+    dataset = open_rows(replace(config, loss_mask=mask, mask_id=markers, data_file=config.data_file), ctx_len=ctx_len)
+    sizes = [min(int(size), ctx_len + 1) for size in dataset.source.sizes]
+    alone = [dataset.rule.weights(dataset.source, index, size)[1:].sum() for index, size in enumerate(sizes)]
+    assert dataset.rule.count(dataset.source, sizes) == alone
+
+
 def test_beyond_the_bound_documents_are_not_scanned_and_the_report_says_so(jsonl, monkeypatch):
     monkeypatch.setattr(rows_module, "SCANNED_DOCUMENTS", 2)
     config = replace(jsonl({"text": "Assistant: b"}, {"text": "a"}, {"text": "c d"}), loss_mask="qa")
