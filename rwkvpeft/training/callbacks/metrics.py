@@ -1,0 +1,179 @@
+"""What a run leaves behind about itself: train_log.txt, loss_data.jsonl, loss.png, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from importlib import import_module
+from importlib.util import find_spec
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rwkvpeft.atomic import write_whole, writing
+from rwkvpeft.config.groups import OutputConfig
+from rwkvpeft.errors import UserError
+from rwkvpeft.training.module import RunProgress, RwkvModule, StepRecord
+
+_MOST_POINTS = 2000
+
+
+class Metrics(pl.Callback):
+    """One line per optimizer step, one per mini-epoch, and the curve.
+
+    After a resume the files go on where the resume point stood: later lines, written before a crash, are dropped.
+
+    Args:
+        settings: the run's settings, for Weights & Biases.
+        report: takes a line of text.
+    """
+
+    def __init__(self, output: OutputConfig, settings: dict[str, Any], report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._folder = Path(output.proj_dir)
+        self._wandb_project = output.wandb
+        self._settings = settings
+        self._report = report
+        self._steps: TextIOWrapper | None = None
+        self._wandb: Any = None
+        self._draws = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the files, cut back to the step the run goes on from."""
+        assert isinstance(pl_module, RwkvModule)
+        if not trainer.is_global_zero:
+            return
+        progress, plan = pl_module.progress, pl_module.plan
+        steps, epochs = self._folder / "loss_data.jsonl", self._folder / "train_log.txt"
+        with writing(steps):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _keep_lines(steps, lambda line: json.loads(line)["step"] <= progress.step)
+            first_unfinished = plan.epoch_begin + progress.batches // plan.epoch_steps
+            _keep_lines(epochs, lambda line: int(line.split()[0]) < first_unfinished)
+            self._steps = steps.open("a", encoding="utf-8")
+        if self._wandb_project:
+            self._wandb = start_wandb(self._wandb_project, self._folder, self._settings, self._report)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the step that has just been finished, and the mini-epoch if that was its last."""
+        assert isinstance(pl_module, RwkvModule)
+        record = pl_module.finished
+        if record is None or self._steps is None:
+            return
+        line = _step_line(record)
+        with writing(self._folder / "loss_data.jsonl"):
+            self._steps.write(json.dumps(line) + "\n")
+            # a crash must not take lines that a resume point counts on
+            self._steps.flush()
+        if self._wandb is not None:
+            self._wandb.log(line, step=record.step)
+        if pl_module.mini_epoch_done:
+            self._finish_epoch(record, pl_module.progress)
+
+    def _finish_epoch(self, record: StepRecord, progress: RunProgress) -> None:
+        loss = progress.loss_sum / progress.weight_sum if progress.weight_sum else math.nan
+        perplexity = math.exp(min(loss, 700.0))
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        line = f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {record.epoch}\n"
+        path = self._folder / "train_log.txt"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        self._report(f"mini-epoch {record.epoch} done: loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self._draw()
+
+    def _draw(self) -> None:
+        if not self._draws:
+            return
+        if find_spec("matplotlib") is None:
+            self._draws = False
+            self._report("loss.png is not drawn: matplotlib is missing (pip install 'rwkvpeft[plot]')")
+            return
+        draw_loss(self._folder / "loss_data.jsonl", self._folder / "loss.png")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the files."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the files."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def _step_line(record: StepRecord) -> dict[str, Any]:
+    line = asdict(record)
+    seconds = max(record.t_cost, 1e-9)
+    return {
+        "step": line.pop("step"),
+        "epoch": line.pop("epoch"),
+        "loss": line.pop("loss"),
+        "lr": line.pop("lr"),
+        "t_cost": line.pop("t_cost"),
+        "kt_s": record.tokens / seconds / 1000,
+        **line,
+    }
+
+
+def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
+    """Drop a file's lines from the first that is not wanted, or cannot be read, on."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                if not line.endswith("\n") or not wanted(line):
+                    break
+            except (ValueError, KeyError, IndexError):
+                # the half line of a crash
+                break
+            kept.append(line)
+    write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+
+
+def draw_loss(data: Path, picture: Path) -> None:
+    """Draw the losses of a ``loss_data.jsonl``; long runs are thinned out to their means."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with data.open(encoding="utf-8") as file:
+        points = [(line["step"], line["loss"]) for line in map(json.loads, file)]
+    width = max(1, math.ceil(len(points) / _MOST_POINTS))
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title="training loss")
+    axes.plot([group[-1][0] for group in groups], [sum(loss for _, loss in group) / len(group) for group in groups])
+    axes.grid(alpha=0.3)
+    write_whole(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
+
+
+def start_wandb(project: str, folder: Path, settings: dict[str, Any], report: Callable[[str], None]) -> Any:
+    """Begin a run on Weights & Biases, offline if no key is known; a login prompt never appears.
+
+    Raises: UserError if the package is missing.
+    """
+    if find_spec("wandb") is None:
+        raise UserError("--wandb needs the package wandb", fix="pip install 'rwkvpeft[wandb]'")
+    wandb = import_module("wandb")
+    # looks in the environment, the netrc file and wandb's own settings, and asks nobody
+    key = wandb.api.api_key
+    if not key:
+        report("Weights & Biases: no key is known, the run is kept offline (wandb login, then wandb sync)")
+    return wandb.init(
+        project=project, dir=str(folder), config=settings, mode=None if key else "offline", save_code=False
+    )

@@ -1,0 +1,183 @@
+"""Checkpoints, resume points, and a clean end on Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.checkpoints.adapter import Recipe, check_finite, save_adapter, save_recipe
+from rwkvpeft.checkpoints.files import save_tensors
+from rwkvpeft.checkpoints.merge import merge_files
+from rwkvpeft.training.module import RwkvModule
+from rwkvpeft.training.resume import (
+    ResumePoint,
+    capture,
+    prune_points,
+    restore_optimizer,
+    restored_scaler,
+    save_point,
+)
+
+
+class Checkpoints:
+    """Writes ``rwkv-{epoch}.pth`` with its recipe.
+
+    Args:
+        adapter: None saves the whole model, in the dtype it computes in.
+        merged_into: the base checkpoint, if the merged model is to be written and the adapter beside it.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, adapter: Adapter | None, merged_into: Path | None = None
+    ) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._adapter = adapter
+        self._merged_into = merged_into
+
+    def save(self, model: nn.Module, *, epoch: int, step: int, loss: float | None) -> Path:
+        """Write the checkpoint of mini-epoch ``epoch``; a crash leaves an older file whole.
+
+        Raises: UserError if a tensor is not finite or a file cannot be written.
+        """
+        recipe = replace(self._recipe, epoch=epoch, step=step, loss=loss)
+        path = self._folder / f"rwkv-{epoch}.pth"
+        if self._adapter is None:
+            tensors = whole_model(model)
+            check_finite(tensors, "the training diverged and is not saved")
+            save_recipe(path, recipe)
+            save_tensors(path, tensors)
+        elif self._merged_into is None:
+            save_adapter(path, self._adapter.trained_tensors(model), recipe)
+        else:
+            beside = self._folder / f"rwkv-{epoch}-adapter.pth"
+            save_adapter(beside, self._adapter.trained_tensors(model), recipe)
+            merge_files(self._merged_into, beside, path, recipe=recipe)
+        return path
+
+
+def whole_model(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a fully trained model under its published name, in the dtype the model computes in."""
+    dtype: Any = model.compute_dtype
+    return {
+        name: tensor.detach() if name.endswith(".time_state") else tensor.detach().to(dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+class Saving(pl.Callback):
+    """Decides after each optimizer step what is written, and ends the run when a signal has asked for it.
+
+    Args:
+        essentials: settings a resumed run must share.
+        epoch_save: a checkpoint every so many mini-epochs; the last one always; 0 for the last one only.
+        save_steps: a resume point also every so many optimizer steps; 0 for each mini-epoch only.
+        point: where the run goes on from.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        folder: Path,
+        essentials: dict[str, Any],
+        *,
+        epoch_save: int,
+        save_steps: int,
+        point: ResumePoint | None,
+        report: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        self._checkpoints = checkpoints
+        self._folder = folder
+        self._essentials = essentials
+        self._epoch_save = epoch_save
+        self._save_steps = save_steps
+        self._point = point
+        self._report = report
+        self._written = [] if point is None else [point.path]
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self.stopped = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the optimizer its state of an earlier run, and listen for signals."""
+        assert isinstance(pl_module, RwkvModule)
+        if self._point is not None:
+            tensors = self._point.tensors()
+            restore_optimizer(pl_module.model, trainer.optimizers[0], tensors)
+            plugin = trainer.precision_plugin
+            plugin.load_state_dict(restored_scaler(tensors, plugin.state_dict()))
+            self._point = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+        self._report("stopping after this step; once more to stop at once, unsaved")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save what is due after the step that has just been finished, if one has."""
+        assert isinstance(pl_module, RwkvModule)
+        record = pl_module.finished
+        if record is None:
+            return
+        # all devices stop at the same step, whichever of them got the signal
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        done = pl_module.mini_epoch_done
+        if done and self._checkpoint_is_due(trainer, pl_module) and trainer.is_global_zero:
+            path = self._checkpoints.save(
+                pl_module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(pl_module)
+            )
+            self._report(f"saved {path}")
+        if stop or done or (self._save_steps > 0 and record.step % self._save_steps == 0):
+            self._save_point(trainer, pl_module)
+        if stop:
+            self.stopped = record.step < pl_module.plan.total_steps
+            trainer.should_stop = True
+
+    def _checkpoint_is_due(self, trainer: pl.Trainer, module: RwkvModule) -> bool:
+        index = module.progress.batches // module.plan.epoch_steps - 1
+        assert trainer.max_epochs is not None
+        last = trainer.current_epoch == trainer.max_epochs - 1
+        return last or (self._epoch_save > 0 and index % self._epoch_save == 0)
+
+    def _save_point(self, trainer: pl.Trainer, module: RwkvModule) -> None:
+        if trainer.is_global_zero:
+            tensors = capture(module.model, trainer.optimizers[0], trainer.precision_plugin.state_dict())
+            place = save_point(self._folder, tensors, module.progress, self._essentials)
+            self._written = [path for path in self._written if path != place] + [place]
+            prune_points(self._folder, self._written)
+        trainer.strategy.barrier("resume point")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._give_signals_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def _epoch_loss(module: RwkvModule) -> float | None:
+    progress = module.progress
+    return progress.loss_sum / progress.weight_sum if progress.weight_sum else None

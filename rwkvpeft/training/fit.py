@@ -1,0 +1,242 @@
+"""One call that trains: assembles Lightning's parts around a model, resumes, runs, and says how it ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
+from tqdm import tqdm
+
+from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.checkpoints.adapter import Recipe
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.data.datamodule import TrainingData
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.training.callbacks.metrics import Metrics
+from rwkvpeft.training.callbacks.progress import Progress
+from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
+from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
+from rwkvpeft.training.resume import (
+    ResumePoint,
+    check_essentials,
+    find_point,
+    resume_folder,
+    restore_parameters,
+)
+from rwkvpeft.training.schedules import build_schedule
+from rwkvpeft.training.strategies import matmul_precision, place_model, trainer_arguments
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended: optimizer steps taken in all, mean loss of the last mini-epoch, whether a signal cut it short."""
+
+    steps: int
+    final_loss: float | None
+    stopped_early: bool
+
+
+def fit(
+    *,
+    model: Rwkv,
+    adapter: Adapter | None,
+    data: TrainingData,
+    config: TrainConfig,
+    recipe: Recipe,
+    report: Callable[[str], None],
+) -> FitResult:
+    """Train ``model`` in place, from the newest resume point if the settings say so.
+
+    Args:
+        model: the adapter already attached; what requires a gradient is trained.
+        adapter: None for full training.
+        config: resolved settings.
+        recipe: of the checkpoints to write; step, epoch and loss are filled in.
+        report: takes each line of text for the user.
+    Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
+        training diverges, or a file cannot be written. KeyboardInterrupt after a second Ctrl-C.
+    """
+    say = _quietly_shared(report)
+    arguments = trainer_arguments(config.runtime)
+    _freeze_unread(model)
+    precision = config.runtime.precision or "fp32"
+    place_model(model, precision)
+    plan = _plan(config, data)
+    essentials = essential_settings(config, recipe, plan)
+    point = _resume(model, config, essentials, say)
+    progress = RunProgress() if point is None else point.progress
+    epochs_left = _epochs_left(config, plan, progress)
+    if epochs_left <= 0:
+        say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew")
+        return FitResult(progress.step, _mean_loss(progress), stopped_early=False)
+    data.start_batch = progress.batches
+    module = RwkvModule(
+        model.train(),
+        LanguageModelling(logit_penalty=config.optimizer.logit_penalty),
+        schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps),
+        optimizer=config.optimizer,
+        plan=plan,
+        progress=progress,
+        seed=config.runtime.random_seed,
+        scaled_gradients=precision == "fp16",
+    )
+    saving = _saving(config, adapter, recipe, essentials, point, say)
+    callbacks = [Metrics(config.output, asdict(config), say), Progress(say), saving]
+    with _quiet_lightning(), matmul_precision(precision):
+        trainer = pl.Trainer(
+            **arguments,
+            **_FIXED,
+            max_epochs=epochs_left,
+            accumulate_grad_batches=plan.accumulate_grad_batches,
+            gradient_clip_val=config.optimizer.grad_clip or None,
+            callbacks=callbacks,
+            default_root_dir=config.output.proj_dir,
+        )
+        try:
+            trainer.fit(module, datamodule=data)
+        except SystemExit as reason:
+            # how Lightning ends after a KeyboardInterrupt
+            raise KeyboardInterrupt from reason
+    model.eval()
+    return FitResult(progress.step, _mean_loss(progress), saving.stopped)
+
+
+# what Lightning would add of its own: this package has its own files, bar and resume points
+_FIXED: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+    "use_distributed_sampler": False,
+    "reload_dataloaders_every_n_epochs": 1,
+}
+
+
+def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
+    """What a run may not change on its way, by the name of the flag where there is one."""
+    data, schedule, runtime = config.data, config.schedule, config.runtime
+    return {
+        "base model": recipe.base_fingerprint,
+        "data": _data_stamp(data.data_file),
+        **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_id", "data_shuffle",
+                                                  "tokenizer", "text_key", "magic_prime")},
+        "epoch_steps": plan.epoch_steps,
+        **{name: getattr(schedule, name) for name in ("epoch_count", "epoch_begin", "micro_bsz",
+                                                      "accumulate_grad_batches", "lr_init", "lr_final",
+                                                      "warmup_steps", "lr_schedule")},
+        **asdict(config.optimizer),
+        "peft": recipe.method,
+        "peft_config": recipe.config,
+        "train_parts": recipe.train_parts,
+        "dropout": config.method.dropout,
+        "devices": runtime.devices,
+        "num_nodes": runtime.num_nodes,
+        "random_seed": runtime.random_seed,
+    }
+
+
+def _data_stamp(data_file: str) -> str:
+    for path in (Path(data_file), Path(f"{data_file}.bin")):
+        if path.is_file():
+            return f"{path.name}, {path.stat().st_size} bytes"
+    return data_file
+
+
+def _plan(config: TrainConfig, data: TrainingData) -> RunPlan:
+    return RunPlan(
+        epoch_steps=data.steps_for(config.runtime.devices * config.runtime.num_nodes),
+        epoch_count=config.schedule.epoch_count,
+        accumulate_grad_batches=config.schedule.accumulate_grad_batches,
+        epoch_begin=config.schedule.epoch_begin,
+    )
+
+
+def _resume(
+    model: Rwkv, config: TrainConfig, essentials: dict[str, Any], report: Callable[[str], None]
+) -> ResumePoint | None:
+    point = find_point(config.output, report)
+    if point is None:
+        return None
+    check_essentials(point, essentials)
+    restore_parameters(model, point.tensors())
+    report(f"going on from {point.path}")
+    return point
+
+
+def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> int:
+    epochs = min(plan.epoch_count, config.schedule.my_exit - plan.epoch_begin + 1)
+    return math.ceil((epochs * plan.epoch_steps - progress.batches) / plan.epoch_steps)
+
+
+def _saving(
+    config: TrainConfig,
+    adapter: Adapter | None,
+    recipe: Recipe,
+    essentials: dict[str, Any],
+    point: ResumePoint | None,
+    report: Callable[[str], None],
+) -> Saving:
+    merges = bool(config.method.merge) and adapter is not None
+    checkpoints = Checkpoints(
+        Path(config.output.proj_dir), recipe, adapter, Path(config.model.load_model) if merges else None
+    )
+    return Saving(
+        checkpoints,
+        resume_folder(config.output),
+        essentials,
+        epoch_save=config.output.epoch_save,
+        save_steps=config.output.save_steps,
+        point=point,
+        report=report,
+    )
+
+
+def _freeze_unread(model: Rwkv) -> None:
+    """Layer 0 of v7 has a value residual that nothing reads; DDP would wait for its gradients for ever."""
+    if model.shape.version == "x070":
+        for name in ("v0", "v1", "v2"):
+            model.get_parameter(f"blocks.0.att.{name}").requires_grad_(False)
+
+
+def _mean_loss(progress: RunProgress) -> float | None:
+    return progress.loss_sum / progress.weight_sum if progress.weight_sum else progress.loss
+
+
+def _quietly_shared(report: Callable[[str], None]) -> Callable[[str], None]:
+    """Only the first process speaks, and never into a progress bar."""
+
+    def say(text: str) -> None:
+        if rank_zero_only.rank == 0:
+            with tqdm.external_write_mode():
+                report(text)
+
+    return say
+
+
+@contextmanager
+def _quiet_lightning() -> Generator[None, None, None]:
+    """Keep Lightning's advice (workers, devices, loggers) from the user; errors pass."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

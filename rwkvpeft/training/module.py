@@ -1,0 +1,254 @@
+"""The training loop's inside: one micro-batch to a loss, one optimizer step to a record of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rwkvpeft.config.groups import OptimizerConfig
+from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.errors import UserError
+from rwkvpeft.objectives.base import Objective
+from rwkvpeft.registry import OPTIMIZERS, find
+from rwkvpeft.training.parameter_groups import parameter_groups
+from rwkvpeft.training.schedules import steps_per_epoch, weight_decay_at
+
+# a scaler halves its scale after each overflow: from 2^16 this many in a row leave less than 2^-8
+_OVERFLOWS_IN_A_ROW = 24
+
+
+@dataclass
+class RunProgress:
+    """How far a run has come. Survives a resume.
+
+    ``step`` counts optimizer steps, ``batches`` those of one device, ``tokens`` positions read by all devices,
+    ``seconds`` the time spent. ``loss_sum`` and ``weight_sum`` belong to the current mini-epoch: the weighted sum of
+    its tokens' losses and their weight. ``loss`` is that of the last step.
+    """
+
+    step: int = 0
+    batches: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The length of a run, counted from its very start.
+
+    ``epoch_steps`` batches per device make a mini-epoch, ``epoch_count`` mini-epochs the run,
+    ``accumulate_grad_batches`` batches an optimizer step; ``epoch_begin`` is the number of the first mini-epoch.
+    """
+
+    epoch_steps: int
+    epoch_count: int
+    accumulate_grad_batches: int
+    epoch_begin: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return steps_per_epoch(self.epoch_steps, self.accumulate_grad_batches) * self.epoch_count
+
+    def group_size(self, batches: int) -> int:
+        """Batches of the optimizer step that the batch after ``batches`` of them belongs to."""
+        within = batches % self.epoch_steps
+        start = within - within % self.accumulate_grad_batches
+        return min(self.accumulate_grad_batches, self.epoch_steps - start)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step: what ``loss_data.jsonl`` holds.
+
+    ``loss`` is the mean over the step's tokens on all devices, ``weight`` their number (sum of weights), ``tokens``
+    all positions read, padding included. ``grad_norm`` is before clipping; None if an fp16 step overflowed and was
+    left out. ``t_cost`` is in seconds.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    weight_decay: float
+    t_cost: float
+    grad_norm: float | None
+    tokens: int
+    weight: float
+
+
+class RwkvModule(pl.LightningModule):
+    """A model, an objective and the order of optimizer steps.
+
+    Args:
+        model: its trainable parameters are fp32.
+        schedule: optimizer step to learning rate.
+        progress: where an earlier run stopped; updated in place.
+        seed: of dropout. Each batch draws from its own stream, so that nothing about it must be saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        schedule: Callable[[int], float],
+        optimizer: OptimizerConfig,
+        plan: RunPlan,
+        progress: RunProgress,
+        seed: int,
+        scaled_gradients: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.schedule = schedule
+        self.optimizer_config = optimizer
+        self.plan = plan
+        self.progress = progress
+        self.seed = seed
+        self.scaled_gradients = scaled_gradients
+        self.finished: StepRecord | None = None
+        self._overflows = 0
+        self._clock = 0.0
+        self._loss = torch.zeros(())
+        self._weight = torch.zeros(())
+        self._tokens = 0
+        self._figures: list[float] = []
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch, normalised so that Lightning's sums and means add up to the step's mean.
+
+        Lightning divides by ``accumulate_grad_batches`` and the strategy averages over devices; the normaliser takes
+        both back, so that every token of the optimizer step counts the same.
+        """
+        torch.manual_seed(_mix(self.seed, self.progress.batches, self.global_rank))
+        self.finished = None
+        group = self.plan.group_size(self.progress.batches)
+        weight = self.trainer.strategy.reduce(batch.step_weight, reduce_op="sum")
+        shares = group * self.trainer.world_size
+        loss = self.objective(self.model, batch, weight.where(weight > 0, 1.0) / shares)
+        self._loss = self._loss.to(loss.total.device) + loss.total.detach() / group
+        self._weight = weight
+        self._tokens += batch.input_ids.numel() * self.trainer.world_size
+        self.progress.batches += 1
+        return loss.total * (self.plan.accumulate_grad_batches / group)
+
+    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+        """Some accelerators have no fp64; and the sum over devices is made in place, so that it needs a copy."""
+        return batch._replace(step_weight=batch.step_weight.to(torch.float32, copy=True))
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer over the trained parameters."""
+        groups = parameter_groups(
+            self.model.named_parameters(),
+            layerwise_lr=bool(self.optimizer_config.layerwise_lr),
+            weight_decay=self.optimizer_config.weight_decay,
+        )
+        if not groups:
+            raise UserError("nothing would be trained: every parameter is frozen")
+        name = "adam" if self.optimizer_config.optim == "none" else self.optimizer_config.optim
+        build = find(OPTIMIZERS, name, flag="--optim")
+        optimizer: Optimizer = build(groups, self.optimizer_config, scaled_gradients=self.scaled_gradients)
+        return optimizer
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Set the learning rate of this step, take it, and keep a record."""
+        lr = self.schedule(self.progress.step)
+        decay = weight_decay_at(
+            self.progress.step, total_steps=self.plan.total_steps, config=self.optimizer_config
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = decay
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._finish_step(lr, decay)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Measure the norm of all gradients together, clip to it, and stop before a broken step is taken.
+
+        Raises: UserError naming the step if loss or gradient is not finite.
+        """
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val or math.inf)
+        # one transfer for all figures of the step: each would make the processor wait for the device
+        loss = self.trainer.strategy.reduce(self._loss, reduce_op="mean")
+        self._figures = torch.stack([loss.float(), norm.float(), self._weight.float()]).tolist()
+        self._check_finite(*self._figures[:2])
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        overflowed = self.scaled_gradients and math.isfinite(loss) and not math.isfinite(norm)
+        self._overflows = self._overflows + 1 if overflowed else 0
+        if overflowed and self._overflows < _OVERFLOWS_IN_A_ROW:
+            return
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(
+                f"training diverged at step {self.progress.step + 1}",
+                found=f"loss {loss:g}, gradient norm {norm:g}",
+                expected="finite numbers",
+                fix="a lower --lr_init, some --warmup_steps, or --precision bf16 or fp32; --resume auto goes on from "
+                "the last saved step",
+            )
+
+    def _finish_step(self, lr: float, weight_decay: float) -> None:
+        loss, norm, weight = self._figures
+        now = time.perf_counter()
+        progress = self.progress
+        epoch, last_batch = divmod(progress.batches - 1, self.plan.epoch_steps)
+        if last_batch < self.plan.accumulate_grad_batches:
+            progress.loss_sum = progress.weight_sum = 0.0
+        progress.step += 1
+        progress.tokens += self._tokens
+        progress.seconds += now - self._clock
+        progress.loss_sum += loss * weight
+        progress.weight_sum += weight
+        progress.loss = loss
+        self.finished = StepRecord(
+            step=progress.step,
+            epoch=self.plan.epoch_begin + epoch,
+            loss=loss,
+            lr=lr,
+            weight_decay=weight_decay,
+            t_cost=now - self._clock,
+            grad_norm=norm if math.isfinite(norm) else None,
+            tokens=self._tokens,
+            weight=weight,
+        )
+        self._loss = torch.zeros_like(self._loss)
+        self._tokens = 0
+
+    @property
+    def mini_epoch_done(self) -> bool:
+        """Whether the last batch was its mini-epoch's last."""
+        return self.progress.batches > 0 and self.progress.batches % self.plan.epoch_steps == 0
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock of the first step."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the next step, after the callbacks: saving and drawing are not training."""
+        if self.finished is not None:
+            self._clock = time.perf_counter()
+
+
+def _mix(seed: int, batch: int, rank: int) -> int:
+    """32 well-mixed bits: PyTorch's CPU generator takes no more, and near seeds give near streams (splitmix64)."""
+    value = (seed * 0x9E3779B97F4A7C15 + batch * 0xD1B54A32D192ED03 + rank * 0x8CB92BA72F3D8DD7) % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return (value ^ value >> 31) % 2**32

@@ -1,0 +1,142 @@
+"""From the machine's settings to Lightning: where the work runs, how devices share it, in which arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+
+from rwkvpeft.config.groups import RuntimeConfig
+from rwkvpeft.errors import UserError
+
+COMPUTE_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Precision: dtype of activations and of frozen weights."""
+
+_WORKING = ("auto", "ddp")
+_DEEPSPEED = (
+    "deepspeed_stage_1",
+    "deepspeed_stage_1_offload",
+    "deepspeed_stage_2",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+)
+
+
+class ScaledGradients(MixedPrecision):
+    """A gradient scaler without autocast: the model itself computes in fp16, from fp32 trained parameters."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__("16-mixed", device_type)
+
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        """Run the forward pass as it is."""
+        yield
+
+
+def trainer_arguments(runtime: RuntimeConfig) -> dict[str, Any]:
+    """The part of ``Trainer``'s arguments that depends on the machine.
+
+    Raises: UserError for devices that are not there, and for strategies that are not built yet.
+    """
+    device_type = find_device(runtime)
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu" if device_type == "cpu" else "gpu",
+        "devices": runtime.devices,
+        "num_nodes": runtime.num_nodes,
+        "strategy": _strategy(runtime),
+    }
+    if runtime.precision == "fp16":
+        arguments["plugins"] = [ScaledGradients(device_type)]
+    else:
+        arguments["precision"] = "32-true"
+    return arguments
+
+
+def find_device(runtime: RuntimeConfig) -> str:
+    """The device type of the run: ``cpu``, ``cuda`` or ``mps``.
+
+    Raises: UserError if the accelerator or so many devices are not there, or cannot compute in the precision.
+    """
+    device_type = "cpu"
+    if runtime.accelerator != "cpu":
+        if torch.cuda.is_available():
+            device_type = "cuda"
+        elif torch.backends.mps.is_available():
+            device_type = "mps"
+        elif runtime.accelerator == "gpu":
+            raise UserError(
+                "--accelerator gpu: PyTorch sees no GPU here",
+                found=f"torch {torch.__version__}",
+                fix="--accelerator cpu, or install the PyTorch build for your GPU",
+            )
+    if runtime.devices < 1 or runtime.num_nodes < 1:
+        raise UserError(
+            "--devices and --num_nodes start at 1", found=f"{runtime.devices} devices, {runtime.num_nodes} machines"
+        )
+    available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device_type)
+    if available is not None and runtime.devices > available:
+        raise UserError(
+            f"--devices {runtime.devices}: this machine has fewer GPUs", found=available, fix=f"--devices {available}"
+        )
+    if device_type == "cuda" and runtime.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError("--precision bf16: this GPU does not compute in bf16", fix="--precision fp16 or fp32")
+    return device_type
+
+
+def _strategy(runtime: RuntimeConfig) -> Any:
+    name = runtime.strategy
+    if name not in _WORKING:
+        _refuse(name)
+    alone = runtime.devices * runtime.num_nodes == 1
+    if alone and name == "auto":
+        return "auto"
+    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
+
+
+def _refuse(name: str) -> None:
+    if name in _DEEPSPEED and find_spec("deepspeed") is None:
+        raise UserError(
+            f"--strategy {name} needs the package deepspeed",
+            expected=_WORKING,
+            fix="pip install 'rwkvpeft[deepspeed]', or --strategy auto",
+        )
+    if name in _DEEPSPEED or name == "fsdp":
+        raise UserError(f"--strategy {name} is not built yet", expected=_WORKING, fix="--strategy auto")
+    raise UserError("--strategy is unknown", found=name, expected=[*_WORKING, "fsdp", *_DEEPSPEED])
+
+
+def place_model(model: nn.Module, precision: str, device: torch.device | str = "cpu") -> None:
+    """Give parameters the dtypes of a training run, and move them to ``device``.
+
+    Frozen parameters rest in the compute dtype, trained ones in fp32, so that small steps are not lost to rounding;
+    ``model.compute_dtype`` is set. A frozen fp32 ``time_state`` stays: the recurrence starts from it in fp32.
+    """
+    compute = COMPUTE_DTYPES[precision]
+    for name, parameter in model.named_parameters():
+        kept = parameter.requires_grad or name.endswith(".time_state")
+        parameter.data = parameter.data.to(device=device, dtype=torch.float32 if kept else compute)
+    model.compute_dtype = compute  # type: ignore[assignment]
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Generator[None, None, None]:
+    """Inside the block fp32 matrix products are as exact as asked: rounded to tf32 where hardware has it, or full."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
