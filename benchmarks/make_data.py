@@ -51,9 +51,13 @@ runpy.run_path("make_data.py", run_name="__main__")
 
 
 class Run(NamedTuple):
-    """One program's wall time in seconds and its largest memory in bytes: in all, and without mapped files."""
+    """One program's wall time, processor time of all its processes, and largest memory in all and without mapped files.
+
+    In seconds and bytes.
+    """
 
     seconds: float
+    processor_seconds: float
     peak: int
     peak_own: int
 
@@ -71,7 +75,8 @@ def main() -> None:
         if options.upstream:
             upstream = run_upstream(work / "upstream", source, options)
             print_run("upstream", upstream, tokens)
-            print(f"ours is {upstream.seconds / ours.seconds:.1f} times as fast")
+            print(f"ours is {upstream.seconds / ours.seconds:.1f} times as fast, "
+                  f"in processor time {upstream.processor_seconds / ours.processor_seconds:.1f} times")
             for suffix in (".bin", ".idx"):
                 name = f"{source.stem}{suffix}"
                 same = filecmp.cmp(work / name, work / "upstream" / name, shallow=False)
@@ -145,14 +150,17 @@ def measure(command: list[str], folder: Path) -> Run:
                 peaks[kind] = max(peaks[kind], sum(size[kind] for size in sizes))
             time.sleep(0.1)
 
+    before = os.times()
     watcher = threading.Thread(target=watch)
     watcher.start()
     code = process.wait()
     seconds = time.monotonic() - began
     watcher.join()
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
     if code != 0:
         raise SystemExit(f"{command[:3]} ended with {code}")
-    return Run(seconds, peaks[0], peaks[1])
+    return Run(seconds, used, peaks[0], peaks[1])
 
 
 def family(pid: int) -> list[int]:
@@ -176,11 +184,9 @@ def memory(pid: int) -> tuple[int, int]:
 
 
 def print_run(name: str, run: Run, tokens: int) -> None:
-    print(
-        f"{name:<9} {run.seconds:7.1f} s  {tokens / run.seconds / 1e6:6.2f} million tokens/s  peak memory "
-        f"{run.peak / 1e6:.0f} MB, without mapped files {run.peak_own / 1e6:.0f} MB",
-        flush=True,
-    )
+    millions = tokens / run.seconds / 1e6
+    print(f"{name:<9} {run.seconds:7.1f} s, {millions:.2f} million tokens/s; processors {run.processor_seconds:.1f} s; "
+          f"peak memory {run.peak / 1e6:.0f} MB, without mapped files {run.peak_own / 1e6:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
