@@ -30,8 +30,8 @@ from rwkvpeft.training.resume import (
     ResumePoint,
     check_essentials,
     find_point,
-    resume_folder,
     restore_parameters,
+    resume_folder,
 )
 from rwkvpeft.training.schedules import build_schedule
 from rwkvpeft.training.strategies import matmul_precision, place_model, trainer_arguments
@@ -39,7 +39,7 @@ from rwkvpeft.training.strategies import matmul_precision, place_model, trainer_
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended: optimizer steps taken in all, mean loss of the last mini-epoch, whether a signal cut it short."""
+    """How a run ended: optimizer steps in all, mean loss of the last mini-epoch, whether a signal cut it short."""
 
     steps: int
     final_loss: float | None
@@ -218,7 +218,7 @@ def _quietly_shared(report: Callable[[str], None]) -> Callable[[str], None]:
     """Only the first process speaks, and never into a progress bar."""
 
     def say(text: str) -> None:
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             with tqdm.external_write_mode():
                 report(text)
 

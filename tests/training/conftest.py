@@ -88,7 +88,7 @@ def base(tmp_path_factory):
 def train(base, tmp_path):
     """Run ``fit`` on the tiny model; returns result, model and the reported lines."""
 
-    def run(callback=None, folder="run", rows=None, **values):
+    def run(folder="run", rows=None, **values):
         config = settings(load_model=str(base), proj_dir=str(tmp_path / folder), **values)
         adapter = build_adapter(config.method.peft, config.method.peft_config, config.method.train_parts)
         model = load_model(base, dtype=torch.float32)
@@ -106,7 +106,7 @@ def train(base, tmp_path):
             base_fingerprint=fingerprint(base),
         )
         lines = []
-        result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=callback or lines.append)
+        result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=lines.append)
         return result, model, lines
 
     return run

@@ -31,7 +31,8 @@ def test_groups_are_those_of_rwkv_lm(golden, version, weight_decay):
 
 
 def test_without_layerwise_rates_all_learn_alike():
-    parameters = [("blocks.0.att.w0", nn.Parameter(torch.ones(1, 1, 4))), ("emb.weight", nn.Parameter(torch.ones(4, 4)))]
+    shapes = {"blocks.0.att.w0": (1, 1, 4), "emb.weight": (4, 4)}
+    parameters = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
     groups = parameter_groups(parameters, layerwise_lr=False, weight_decay=0.1)
     assert {group["lr_scale"] for group in groups} == {1.0}
 

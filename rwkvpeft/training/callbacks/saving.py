@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from rwkvpeft.adapters.base import Adapter

@@ -1,0 +1,69 @@
+"""Settings of the machine: what is refused, and the dtypes of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rwkvpeft.config.groups import RuntimeConfig
+from rwkvpeft.errors import UserError
+from rwkvpeft.training.strategies import ScaledGradients, find_device, matmul_precision, place_model, trainer_arguments
+
+
+def runtime(**values):
+    return RuntimeConfig(**{"accelerator": "cpu", "precision": "fp32", **values})
+
+
+def test_one_device_needs_no_strategy():
+    assert trainer_arguments(runtime())["strategy"] == "auto"
+
+
+def test_several_devices_share_by_ddp():
+    arguments = trainer_arguments(runtime(devices=2))
+    assert type(arguments["strategy"]).__name__ == "DDPStrategy"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3_offload"])
+def test_what_is_not_built_yet_is_refused_with_what_works(strategy):
+    with pytest.raises(UserError, match=strategy) as caught:
+        trainer_arguments(runtime(strategy=strategy))
+    assert "ddp" in caught.value.expected
+
+
+def test_deepspeed_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("rwkvpeft.training.strategies.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        trainer_arguments(runtime(strategy="deepspeed_stage_2"))
+    assert "rwkvpeft[deepspeed]" in caught.value.fix
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_an_error_and_auto_takes_the_cpu():
+    with pytest.raises(UserError, match="no GPU"):
+        find_device(runtime(accelerator="gpu"))
+    assert find_device(runtime(accelerator="auto")) == "cpu"
+
+
+def test_only_fp16_scales_gradients():
+    assert isinstance(trainer_arguments(runtime(precision="fp16"))["plugins"][0], ScaledGradients)
+    assert "plugins" not in trainer_arguments(runtime(precision="bf16"))
+
+
+def test_the_scaler_leaves_the_forward_pass_alone():
+    with ScaledGradients("cpu").forward_context():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_frozen_parameters_take_the_compute_dtype_and_trained_ones_fp32():
+    model = torch.nn.Linear(2, 2, dtype=torch.float16)
+    model.weight.requires_grad_(False)
+    place_model(model, "bf16")
+    assert (model.weight.dtype, model.bias.dtype) == (torch.bfloat16, torch.float32)
+    assert model.compute_dtype == torch.bfloat16
+
+
+def test_tf32_is_set_for_the_run_alone():
+    before = torch.get_float32_matmul_precision()
+    with matmul_precision("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
