@@ -18,13 +18,7 @@ from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape, normalise_names, read_shape
 from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Needs
-
-_COMPUTE_DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device
 
 
 @dataclass(frozen=True)
@@ -41,19 +35,10 @@ def find_machine(accelerator: str) -> Machine:
 
     Raises: UserError if a GPU is asked for and PyTorch sees none.
     """
-    if accelerator == "cpu":
-        return Machine("cpu", has_bf16=True)
-    if torch.cuda.is_available():
-        return Machine("cuda", has_bf16=torch.cuda.is_bf16_supported())
-    if torch.backends.mps.is_available():
-        return Machine("mps", has_bf16=False)
-    if accelerator == "gpu":
-        raise UserError(
-            "--accelerator gpu: PyTorch sees no GPU here",
-            found=f"torch {torch.__version__}",
-            fix="--accelerator cpu, or install the PyTorch build for your GPU",
-        )
-    return Machine("cpu", has_bf16=True)
+    device_type = find_device(RuntimeConfig(accelerator=accelerator))
+    if device_type == "cuda":
+        return Machine(device_type, has_bf16=torch.cuda.is_bf16_supported())
+    return Machine(device_type, has_bf16=device_type == "cpu")
 
 
 def open_base(config: ModelConfig) -> Base:
@@ -84,18 +69,18 @@ def open_base(config: ModelConfig) -> Base:
     return Base(config.load_model, shape, tensors)
 
 
-def compute_dtype(runtime: RuntimeConfig) -> torch.dtype:
-    """The dtype of activations and of frozen weights."""
-    return _COMPUTE_DTYPES[runtime.precision or "fp32"]
-
-
-def choose_operator(shape: ModelShape, runtime: RuntimeConfig, device_type: str) -> tuple[Choice, list[str]]:
+def choose_operator(shape: ModelShape, runtime: RuntimeConfig) -> tuple[Choice, list[str]]:
     """The program for the WKV recurrence, and remarks, one line each.
 
     Raises: UserError if ``--op`` names one that cannot run this job.
     """
     operator = operator_of(shape)
-    needs = Needs(device_type=device_type, dtype=compute_dtype(runtime), head_size=shape.head_size, training=True)
+    needs = Needs(
+        device_type=find_device(runtime),
+        dtype=COMPUTE_DTYPES[runtime.precision or "fp32"],
+        head_size=shape.head_size,
+        training=True,
+    )
     if runtime.fla and runtime.op == "auto":
         try:
             return choose_backend(operator, "fla", needs), []
@@ -115,29 +100,45 @@ def make_adapter(method: MethodConfig) -> Adapter | None:
     return build_adapter(method.peft, method.peft_config, parts)
 
 
-def build_for_training(base: Base, config: TrainConfig, wkv: Choice, adapter: Adapter | None) -> Rwkv:
-    """Load the model and make trainable what the method trains.
+def read_start(base: Base, method: MethodConfig) -> dict[str, torch.Tensor] | None:
+    """The tensors of ``--adapter``, compared with the base they belong to; None if none is given.
 
-    Frozen weights rest in the compute dtype, trained ones in fp32. ``--adapter`` gives the adapter its first values.
+    Raises: UserError if the file is broken, of another method, or was trained on another base.
+    """
+    if not method.adapter:
+        return None
+    tensors, recipe = load_adapter(method.adapter)
+    if recipe is not None:
+        check_base(recipe, base.path)
+        if recipe.method != method.peft:
+            raise UserError(
+                f"--adapter {method.adapter} was trained with another method",
+                found=recipe.method,
+                expected=method.peft,
+                fix=f"--peft {recipe.method}",
+            )
+    return tensors
+
+
+def build_for_training(
+    base: Base, config: TrainConfig, wkv: Choice, adapter: Adapter | None, start: dict[str, torch.Tensor] | None
+) -> Rwkv:
+    """Load the model in the file's dtype and make trainable what the method trains.
+
+    ``start`` holds the adapter's first values, if they are not new ones.
     Raises: UserError if the checkpoint or the adapter file does not fit.
     """
-    compute = compute_dtype(config.runtime)
     model = build_model(base.shape, wkv.run, head_size_divisor=config.model.head_size_divisor)
-    rest = torch.float32 if adapter is None else compute
-    fill_model(model, base.tensors, device="cpu", dtype=rest, source=base.path)
-    model.compute_dtype = compute
+    fill_model(model, base.tensors, device="cpu", dtype=base.tensors["emb.weight"].dtype, source=base.path)
     model.checkpointing = bool(config.runtime.grad_cp)
     for block in model.blocks:
-        block.dropout = config.method.dropout
+        block.dropout = config.method.dropout  # type: ignore[assignment]
     if adapter is None:
         model.requires_grad_(True)
     else:
         adapter.attach(model)
-        if config.method.adapter:
-            tensors, recipe = load_adapter(config.method.adapter)
-            if recipe is not None:
-                check_base(recipe, base.path)
-            adapter.load(model, tensors)
+        if start is not None:
+            adapter.load(model, start)
     return model
 
 

@@ -18,49 +18,44 @@ _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 
 
 def start_lines(config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, operator: Choice) -> list[str]:
-    """One labelled line for each thing a user may want to stop the run for."""
+    """One line for each thing a user may want to stop the run for."""
+    runtime = config.runtime
+    schedule = config.schedule
+    return [
+        *_model_lines(config, base, model),
+        *data.dataset.report().render().splitlines(),
+        _plan_line(config, data),
+        f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {schedule.lr_schedule}",
+        f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
+        f"strategy {runtime.strategy}",
+        f"operator: {operator.report}",
+        f"output: {config.output.proj_dir}",
+    ]
+
+
+def _model_lines(config: TrainConfig, base: Base, model: Rwkv) -> list[str]:
     shape = base.shape
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    schedule = config.schedule
-    runtime = config.runtime
     method = _METHODS.get(config.method.peft, config.method.peft)
     if config.method.peft == "lora" and config.method.train_parts:
         method += f" and {', '.join(config.method.train_parts)}"
-    batches = data.epoch_steps * schedule.epoch_count
-    rows = batches * schedule.micro_bsz * runtime.devices * runtime.num_nodes
-    steps = -(-data.epoch_steps // schedule.accumulate_grad_batches) * schedule.epoch_count
-    facts = [
-        (
-            "model",
-            f"{base.path}: RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}, {_count(total)} "
-            f"parameters",
-        ),
-        ("trained", f"{method}: {_count(trained)} parameters ({100 * trained / total:.2g} %)"),
-        ("data", data_line(data)),
-        (
-            "plan",
-            f"{schedule.epoch_count} mini-epochs of {data.epoch_steps} batches of {schedule.micro_bsz} rows; "
-            f"{steps:,} steps, {_count(rows * (config.data.ctx_len or 0))} tokens at most "
-            f"({rows / max(1, len(data.dataset)):.3g} passes over the data)",
-        ),
-        ("rate", f"{schedule.lr_init:g} to {schedule.lr_final:g}, {schedule.lr_schedule}"),
-        ("machine", f"{runtime.devices} x {runtime.accelerator}, {runtime.precision}, strategy {runtime.strategy}"),
-        ("operator", operator.report),
-        ("output", str(config.output.proj_dir)),
+    return [
+        f"model: {base.path}, RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}",
+        f"trained: {method}, {_count(trained)} of {_count(total)} parameters",
     ]
-    return [f"{label:<9} {text}" for label, text in facts]
 
 
-def data_line(data: TrainingData) -> str:
-    """Documents and tokens, and how many endings the context cuts off."""
-    found = data.dataset.report()
-    text = (
-        f"{found.documents:,} documents, {_count(found.tokens)} tokens, {_count(found.trained_tokens)} of them trained"
+def _plan_line(config: TrainConfig, data: TrainingData) -> str:
+    schedule = config.schedule
+    batches = data.epoch_steps * schedule.epoch_count
+    rows = batches * schedule.micro_bsz * config.runtime.devices * config.runtime.num_nodes
+    steps = -(-data.epoch_steps // schedule.accumulate_grad_batches) * schedule.epoch_count
+    passes = rows / max(1, len(data.dataset))
+    return (
+        f"plan: {schedule.epoch_count} x {data.epoch_steps:,} batches of {schedule.micro_bsz} rows = {steps:,} steps, "
+        f"{passes:.3g} passes over the data"
     )
-    if found.cut_endings:
-        text += f"; {found.cut_endings:,} documents are longer than --ctx_len and lose their ending"
-    return text
 
 
 def end_lines(config: TrainConfig, result: FitResult) -> list[str]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
 from rwkvpeft.config.groups import OutputConfig, TrainConfig
 from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.config.resolve import Machine, resolve
-from rwkvpeft.config.settings_file import read_seed, write_settings
+from rwkvpeft.config.settings_file import write_settings
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTERS, find
+
+if TYPE_CHECKING:
+    from rwkvpeft.checkpoints.adapter import Recipe
+    from rwkvpeft.data.datamodule import TrainingData
 
 _NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
 
@@ -41,22 +46,22 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
-    from rwkvpeft.memory import check_memory
     from rwkvpeft.training.fit import fit
 
     seed = config.runtime.random_seed
     base = assemble.open_base(config.model)
     adapter = assemble.make_adapter(config.method)
-    operator, more = assemble.choose_operator(base.shape, config.runtime, _device_type(config))
+    operator, more = assemble.choose_operator(base.shape, config.runtime)
+    start = assemble.read_start(base, config.method)
     assert config.data.ctx_len is not None
     dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
     if config.data.preview:
         print(preview(dataset, config.data.preview))
         return 0
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
-    check_memory(base.shape, config)
     recipe = assemble.make_recipe(base, config, adapter)
-    model = assemble.build_for_training(base, config, operator, adapter)
+    _check_resume(config, recipe, data)
+    model = assemble.build_for_training(base, config, operator, adapter, start)
     for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator)]:
         print(line)
     folder = Path(config.output.proj_dir)
@@ -82,17 +87,36 @@ def _machine(given: dict[str, Any]) -> Machine:
     return find_machine(accelerator)
 
 
-def _device_type(config: TrainConfig) -> str:
-    return _machine({"accelerator": config.runtime.accelerator}).device_type
-
-
 def _earlier_seed(given: dict[str, Any]) -> int | None:
     """The seed of the run that ``--resume`` takes up, so that its order of samples goes on."""
     output: OutputConfig = build_groups({name: given[name] for name in ("proj_dir", "resume") if name in given}).output
-    folder = Path(output.proj_dir) / "resume" if output.resume == "auto" else Path(output.resume)
-    if output.resume == "none" or not folder.is_dir():
+    if output.resume == "none":
         return None
-    return read_seed(folder.parent / "config.yaml")
+    folder = Path(output.proj_dir) / "resume" if output.resume == "auto" else Path(output.resume)
+    for record in (folder / "resume.json", *sorted(folder.glob("step-*/resume.json"), reverse=True)):
+        try:
+            seed = json.loads(record.read_text(encoding="utf-8"))["essentials"]["random_seed"]
+        except (OSError, ValueError, KeyError, TypeError):
+            # a broken point is reported and passed over when the run is taken up
+            continue
+        if isinstance(seed, int):
+            return seed
+    return None
+
+
+def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> None:
+    """Refuse to go on with other settings before anything is written."""
+    from rwkvpeft.training.fit import essential_settings
+    from rwkvpeft.training.module import RunPlan
+    from rwkvpeft.training.resume import check_essentials, find_point
+
+    point = find_point(config.output, print)
+    if point is None:
+        return
+    steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)
+    schedule = config.schedule
+    plan = RunPlan(steps, schedule.epoch_count, schedule.accumulate_grad_batches, schedule.epoch_begin)
+    check_essentials(point, essential_settings(config, recipe, plan))
 
 
 def _out_of_memory(config: TrainConfig, reason: BaseException) -> UserError:

@@ -21,7 +21,7 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     },
     "optimizer": {"weight_decay": 0, "grad_clip": 0, "logit_penalty": 0},
     "runtime": {"devices": 1, "num_nodes": 1},
-    "output": {"epoch_save": 1, "save_steps": 0},
+    "output": {"epoch_save": 0, "save_steps": 0},
 }
 
 # RWKV-LM's scripts write 0 where a run begins without a model

@@ -155,7 +155,9 @@ class OutputConfig:
     """Where results go and how a run is taken up again."""
 
     proj_dir: str = flag("out", help="folder for checkpoints and logs", metavar="DIR")
-    epoch_save: int = flag(5, help="write a checkpoint every so many mini-epochs; the last is always written")
+    epoch_save: int = flag(
+        5, help="write a checkpoint every so many mini-epochs; the last is always written; 0: only that"
+    )
     save_steps: int = flag(0, help="also save the resume point every so many optimizer steps; 0: each mini-epoch")
     resume: str = flag("auto", help="auto: go on from proj_dir/resume if it is there; none; or a folder", metavar="DIR")
     wandb: str = flag("", help="project name on Weights & Biases; empty: not used")

@@ -81,12 +81,3 @@ def _flat(loaded: Mapping[Any, Any], groups: Mapping[str, type]) -> list[tuple[s
         else:
             pairs.append((str(key), value))
     return pairs
-
-
-def read_seed(path: Path) -> int | None:
-    """The seed a ``config.yaml`` records; None if there is no such file or it records none."""
-    if not path.is_file():
-        return None
-    runtime = _load(path).get("runtime")
-    seed = runtime.get("random_seed") if isinstance(runtime, dict) else None
-    return seed if isinstance(seed, int) and seed >= 0 else None

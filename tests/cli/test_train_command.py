@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+import yaml
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_full_training_writes_a_whole_model_that_has_changed(train, tiny_model, tmp_path):
+    code, _, errors = train("--peft", "none")
+    assert code == 0, errors
+    before, after = read(tiny_model), read(tmp_path / "out" / "rwkv-0.pth")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_lora_training_writes_the_adapter_alone(train, tmp_path):
+    code, output, errors = train("--peft", "lora", "--peft_config", '{"r": 4}', "--train_parts", "ln")
+    assert code == 0, errors
+    tensors = read(tmp_path / "out" / "rwkv-0.pth")
+    assert {name.rpartition(".")[2] for name in tensors} == {"lora_A", "lora_B", "weight", "bias"}
+    assert tensors["blocks.0.att.key.lora_A"].shape == (4, 32)
+    assert "merge.py --base_model" in output
+
+
+def test_state_tuning_writes_one_state_for_each_layer(train, tmp_path):
+    code, output, errors = train("--peft", "state")
+    assert code == 0, errors
+    tensors = read(tmp_path / "out" / "rwkv-0.pth")
+    assert sorted(tensors) == ["blocks.0.att.time_state", "blocks.1.att.time_state"]
+    assert "--state" in output
+
+
+def test_a_sidecar_tells_what_merging_needs(train, tmp_path):
+    train("--peft", "lora", "--peft_config", '{"r": 4}')
+    recipe = json.loads((tmp_path / "out" / "rwkv-0.json").read_text())
+    assert (recipe["method"], recipe["config"]["r"], recipe["base_model"]) == ("lora", 4, "tiny.pth")
+
+
+def test_the_settings_of_a_run_can_be_fed_back(train, tmp_path):
+    train("--peft", "state", "--adam_eps", "1e-18")
+    written = tmp_path / "out" / "config.yaml"
+    code, _, errors = train("--config", written, "--proj_dir", tmp_path / "again")
+    first, second = yaml.safe_load(written.read_text()), yaml.safe_load((tmp_path / "again/config.yaml").read_text())
+    assert code == 0, errors
+    assert second.pop("output") != first.pop("output")
+    assert second == first
+
+
+def test_the_start_report_names_what_runs(train):
+    _, output, _ = train("--peft", "lora")
+    for words in ("RWKV x070", "LoRA", "operator", "wkv7: torch", "12 documents"):
+        assert words in output
+
+
+def test_preview_shows_samples_and_leaves_nothing_behind(train, tmp_path):
+    code, output, _ = train("--preview", "2")
+    assert code == 0
+    assert "Assistant" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_jsonl_file_trains_without_conversion(train, jsonl_file):
+    code, output, errors = train("--data_file", jsonl_file, "--loss_mask", "qa", "--peft", "lora")
+    assert code == 0, errors
+    assert "12 documents" in output
+
+
+def test_training_goes_on_from_an_adapter_file(train, tmp_path):
+    train("--peft", "state")
+    code, _, errors = train(
+        "--peft",
+        "state",
+        "--adapter",
+        tmp_path / "out/rwkv-0.pth",
+        "--proj_dir",
+        tmp_path / "more",
+        "--lr_init",
+        "1e-9",
+        "--lr_final",
+        "1e-9",
+    )
+    assert code == 0, errors
+    name = "blocks.0.att.time_state"
+    first, more = read(tmp_path / "out/rwkv-0.pth"), read(tmp_path / "more/rwkv-0.pth")
+    torch.testing.assert_close(more[name], first[name], atol=1e-6, rtol=0)
+
+
+def test_running_out_of_memory_is_one_message_with_ways_out(train, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: not enough memory: you tried to")
+
+    monkeypatch.setattr("rwkvpeft.training.fit.fit", fail)
+    code, _, errors = train("--peft", "none")
+    assert code == 2
+    assert "not enough memory for this run" in errors
+    assert "--micro_bsz 1 --accumulate_grad_batches 2" in errors
+    assert "--peft lora" in errors
+
+
+def test_another_failure_keeps_its_traceback(train, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("shapes disagree")
+
+    monkeypatch.setattr("rwkvpeft.training.fit.fit", fail)
+    with pytest.raises(RuntimeError, match="shapes disagree"):
+        train("--peft", "none")
+
+
+def test_debug_shows_the_traceback_of_a_users_mistake(train):
+    from rwkvpeft.errors import UserError
+
+    with pytest.raises(UserError):
+        train("--n_layer", "9", "--debug")
