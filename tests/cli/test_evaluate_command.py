@@ -1,0 +1,73 @@
+"""python -m rwkvpeft.evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkvpeft.checkpoints.files import save_tensors
+from rwkvpeft.checkpoints.load import load_model
+from rwkvpeft.cli.evaluate import main
+from rwkvpeft.models.shape import new_shape
+from rwkvpeft.registry import MODELS, find
+
+DOCUMENTS = ["User: a\n\nAssistant: first", "User: b\n\nAssistant: the second"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("evaluate")
+    shape = new_shape("x060", n_layer=1, n_embd=16, vocab_size=256, head_size=8)
+    save_tensors(folder / "m.pth", find(MODELS, "x060", flag="").initial_weights(shape))
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return folder
+
+
+def run(folder, capsys, *words: str) -> dict:
+    files = ["--model", str(folder / "m.pth"), "--data_file", str(folder / "data.jsonl")]
+    assert main([*files, "--device", "cpu", "--ctx_len", "40", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def expected_loss(folder, answers_only: bool) -> tuple[float, int]:
+    model = load_model(folder / "m.pth")
+    losses = []
+    for text in DOCUMENTS:
+        ids = torch.tensor([[*text.encode(), 0]])
+        with torch.no_grad():
+            loss = F.cross_entropy(model(ids[:, :-1])[0][0], ids[0, 1:], reduction="none")
+        losses.append(loss[text.index("Assistant:") + len("Assistant:") - 1 :] if answers_only else loss)
+    joined = torch.cat(losses)
+    return joined.mean().item(), len(joined)
+
+
+@pytest.mark.parametrize("mask", ["none", "qa"])
+@pytest.mark.parametrize("rows", [["--dataload", "pad", "--micro_bsz", "2"], ["--dataload", "only"]])
+def test_every_trained_token_counts_once(folder, capsys, mask, rows):
+    found = run(folder, capsys, "--loss_mask", mask, *rows)
+    loss, tokens = expected_loss(folder, mask == "qa")
+    assert found["tokens"] == tokens
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--data_file"),
+        (["--data_file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data_file", "data.jsonl", "--loss_mask", "most"], "--loss_mask"),
+        (["--data_file", "data.jsonl", "--micro_bsz", "0"], "--micro_bsz"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_exit_code_2(folder, capsys, words, message):
+    words = [str(folder / word) if word == "data.jsonl" else word for word in words]
+    assert main(["--model", str(folder / "m.pth"), "--device", "cpu", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
