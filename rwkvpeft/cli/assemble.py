@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -98,6 +98,13 @@ def make_adapter(method: MethodConfig) -> Adapter | None:
     # a tuned state is used with the base as it is, so nothing of the base may change beside it
     parts = [] if method.peft == "state" else method.train_parts
     return build_adapter(method.peft, method.peft_config, parts)
+
+
+def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
+    """The settings of a run all of whose rows are as long as the longest document, which some row will be."""
+    assert config.data.ctx_len is not None
+    data = replace(config.data, dataload="pad", ctx_len=min(config.data.ctx_len, longest))
+    return replace(config, data=data)
 
 
 def read_start(base: Base, method: MethodConfig) -> dict[str, torch.Tensor] | None:

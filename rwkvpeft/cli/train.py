@@ -46,6 +46,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
+    from rwkvpeft.memory import check_memory
     from rwkvpeft.training.fit import fit
 
     seed = config.runtime.random_seed
@@ -53,8 +54,11 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     adapter = assemble.make_adapter(config.method)
     operator, more = assemble.choose_operator(base.shape, config.runtime)
     start = assemble.read_start(base, config.method)
+    check_memory(base.shape, config)
     assert config.data.ctx_len is not None
     dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
+    if config.data.dataload == "only":
+        check_memory(base.shape, assemble.with_longest_row(config, dataset.report().longest))
     if config.data.preview:
         print(preview(dataset, config.data.preview))
         return 0

@@ -115,3 +115,13 @@ def test_debug_shows_the_traceback_of_a_users_mistake(train):
 
     with pytest.raises(UserError):
         train("--n_layer", "9", "--debug")
+
+
+def test_the_same_command_goes_on_with_the_seed_it_had(train, tmp_path):
+    words = ["--peft", "state", "--random_seed", "-1"]
+    train(*words)
+    seed = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["runtime"]["random_seed"]
+    code, output, errors = train(*words)
+    assert code == 0, errors
+    assert "is complete" in output
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["runtime"]["random_seed"] == seed
