@@ -38,6 +38,11 @@ class ChunkGrid:
         return self.batch * self.heads
 
     @property
+    def matrices(self) -> int:
+        """n·G, the chunks of all heads."""
+        return self.chunks * self.groups
+
+    @property
     def filling(self) -> int:
         """Tokens the last chunk lacks."""
         return self.chunks * self.length - self.tokens
@@ -56,17 +61,17 @@ class ChunkGrid:
         """A chunked copy (n, B, H, L, N) of a sequence in ``dtype``."""
         return self.empty(self.length, self.size, like=sequence, dtype=dtype).copy_(self.view(sequence))
 
-    def room(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """An empty (B, n·L, H, N) in the dtype of ``like`` and its chunked view, to be handed to ``trimmed`` when full."""
-        whole = like.new_empty(self.batch, self.chunks * self.length, self.heads, self.size)
+    def room(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """An empty (B, n·L, H, N) and its chunked view (n, B, H, L, N); hand the first to ``trimmed`` when it is full."""
+        whole = like.new_empty((self.batch, self.chunks * self.length, self.heads, self.size), dtype=dtype)
         return whole, whole.unflatten(1, (self.chunks, self.length)).permute(1, 0, 3, 2, 4)
 
     def trimmed(self, whole: Tensor) -> Tensor:
         """What ``room`` made, without the filling of the last chunk."""
         return whole[:, : self.tokens].contiguous() if self.filling else whole
 
-    def store(self, chunked: Tensor, like: Tensor) -> Tensor:
-        """A chunked tensor as a sequence (B, T, H, N) in the dtype of ``like``."""
-        whole, view = self.room(like)
+    def store(self, chunked: Tensor, dtype: torch.dtype) -> Tensor:
+        """A chunked tensor as a sequence (B, T, H, N)."""
+        whole, view = self.room(chunked, dtype)
         view.copy_(chunked.view(view.shape))
         return self.trimmed(whole)

@@ -124,7 +124,7 @@ class _Diagonal(torch.autograd.Function):
         ctx.save_for_backward(r, log_decay, k, v, u, A, S)
         ctx.grid, ctx.has_state = grid, state is not None
         ctx.set_materialize_grads(False)
-        return grid.store(y, v), S[-1].view(grid.batch, grid.heads, size, size).clone()
+        return grid.store(y, v.dtype), S[-1].view(grid.batch, grid.heads, size, size).clone()
 
     @staticmethod
     @once_differentiable
@@ -177,7 +177,7 @@ class _Diagonal(torch.autograd.Function):
                 dlog += half * (from_r + from_k).sum((0, 1, 3), keepdim=False)[:, None, :]
             else:
                 dlog = torch.stack([dlog + from_r, dlog + from_k], -2).flatten(-3, -2)
-        dlog = dlog[:, 0] if static else grid.store(dlog, log_decay)
+        dlog = dlog[:, 0] if static else grid.store(dlog, log_decay.dtype)
         bonus = u.to(dtype)[:, None, :]
         q = dA.diagonal(dim1=-2, dim2=-1)[..., None]
         rr, kk = grid.load(r, dtype), grid.load(k, dtype)
@@ -185,4 +185,4 @@ class _Diagonal(torch.autograd.Function):
         dr += q * (kk * bonus)
         dk += q * (rr * bonus)
         dstate = grads[0].view(grid.batch, grid.heads, size, size) if ctx.has_state else None
-        return grid.store(dr, r), dlog, grid.store(dk, k), grid.store(dv, v), du, dstate, None
+        return grid.store(dr, r.dtype), dlog, grid.store(dk, k.dtype), grid.store(dv, v.dtype), du, dstate, None

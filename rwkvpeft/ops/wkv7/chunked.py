@@ -66,35 +66,30 @@ def _one_token(
     return (memory @ receptance[..., None]).to(v.dtype).permute(0, 3, 1, 2), memory
 
 
-def inverse_of_unit_lower(below: Tensor) -> Tensor:
-    """(I - A)^-1 of strictly lower triangular A (.., L, L), L a power of two, by block elimination.
-
-    Exact elimination needs log2(L) levels and, unlike the product (I + A)(I + A²)(I + A⁴).., no large terms that cancel.
-    """
-    length = below.shape[-1]
-    place = torch.arange(length, device=below.device)
-    inverse = torch.eye(length, dtype=below.dtype, device=below.device)
-    inverse = inverse + below * _joining(place, 1)
-    size = 2
-    while size < length:
-        joined = (below * _joining(place, size)) @ inverse
-        inverse = torch.baddbmm(inverse, inverse, joined)
-        size *= 2
-    return inverse
-
-
-def _joining(place: Tensor, size: int) -> Tensor:
-    """Mask (L, L) of the entries that join the two halves of every diagonal block of 2·size rows."""
-    same = place[:, None] // (2 * size) == place // (2 * size)
-    return same & (place[:, None] // size % 2 == 1) & (place // size % 2 == 0)
-
-
 def _anchored_sums(length: int, like: Tensor) -> Tensor:
-    """Matrix (L + 1, L) that turns the log decays of a chunk into c_(t-1) - g for t = 0..L."""
+    """Matrix (L + 1, L) that turns the gates of a chunk into the log decays c_(t-1) - g for t = 0..L."""
     after, token = torch.arange(length + 1, device=like.device)[:, None], torch.arange(length, device=like.device)
     middle = length // 2
-    sums = ((token < after) & (token >= middle)).to(like.dtype) - ((token >= after) & (token < middle)).to(like.dtype)
-    return sums
+    signs = ((token < after) & (token >= middle)).to(like.dtype) - ((token >= after) & (token < middle)).to(like.dtype)
+    return signs * STRONGEST
+
+
+def _causal(length: int, like: Tensor) -> Tensor:
+    """Mask (2L, 2L) of A: r rows see s <= t, a rows s < t."""
+    whole = torch.ones(length, length, dtype=like.dtype, device=like.device)
+    rows = torch.cat([whole.tril(), whole.tril(-1)])
+    return torch.cat([rows, rows], 1)
+
+
+def _decay_factors(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """e^(c_(t-1) - g) for t = 0..L of every chunk, (n, B, H, L + 1, N)."""
+    gate = grid.empty(grid.length, grid.size, like=w, dtype=dtype)
+    torch.sigmoid(grid.view(w).to(dtype), out=gate)
+    if grid.filling:
+        gate[-1, ..., grid.length - grid.filling :, :] = 0
+    sums = _anchored_sums(grid.length, gate).expand(grid.matrices, -1, -1)
+    factors = torch.bmm(sums, gate.view(grid.matrices, grid.length, grid.size)).exp_()
+    return factors.view(*gate.shape[:3], grid.length + 1, grid.size)
 
 
 class _Wkv7(torch.autograd.Function):
@@ -103,19 +98,10 @@ class _Wkv7(torch.autograd.Function):
         ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(r, w, k, v, a, b, state)
-        batch, tokens, heads, size = v.shape
-        grid = ChunkGrid(batch, tokens, heads, size, length)
-        chunks, groups = grid.chunks, grid.groups
-        G = chunks * groups
-
-        gate = grid.load(w, dtype).sigmoid_()
-        if grid.filling:
-            gate[-1, ..., length - grid.filling :, :] = 0
-        sums = _anchored_sums(length, gate) * STRONGEST
-        factors = torch.bmm(sums.expand(G, -1, -1), gate.view(G, length, size)).exp_()
-        factors = factors.view(chunks, batch, heads, length + 1, size)
+        grid = ChunkGrid(*v.shape, length)
+        chunks, groups, size = grid.chunks, grid.groups, grid.size
+        factors = _decay_factors(grid, w, dtype)
         before, after = factors[..., :-1, :], factors[..., 1:, :]
-
         p = grid.empty(2, length, size, like=v, dtype=dtype)
         q, z = torch.empty_like(p), torch.empty_like(p)
         torch.mul(grid.view(r), after, out=p[..., 0, :, :])
@@ -123,102 +109,102 @@ class _Wkv7(torch.autograd.Function):
         torch.div(grid.view(k), after, out=q[..., 0, :, :])
         torch.div(grid.view(b), after, out=q[..., 1, :, :])
         z[..., 0, :, :].copy_(grid.view(v))
-        p, q, z = (x.view(G, 2 * length, size) for x in (p, q, z))
+        p, q, z = (x.view(grid.matrices, 2 * length, size) for x in (p, q, z))
 
-        A = torch.bmm(p, q.mT)
-        A.mul_(_causal(length, A))
-        inverse = inverse_of_unit_lower(A[:, length:, length:])
+        A = torch.bmm(p, q.mT).mul_(_causal(length, p))
+        identity = torch.eye(length, dtype=dtype, device=v.device)
+        inverse = torch.linalg.solve_triangular(
+            -A[:, length:, length:], identity.expand(grid.matrices, -1, -1), upper=False, unitriangular=True
+        )
         W = torch.bmm(inverse, p[:, length:])
-        torch.bmm(inverse, torch.bmm(A[:, length:, :length], z[:, :length]), out=z[:, length:])
+        U = torch.bmm(inverse, torch.bmm(A[:, length:, :length], z[:, :length]))
+        across = torch.bmm(W.mT, q[:, length:])
+        across.diagonal(dim1=1, dim2=2).add_(1)
+        states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
+        torch.bmm(z[:, :length].mT, q[:, :length], out=states[1:].view(-1, size, size))
+        states[1:].view(-1, size, size).baddbmm_(U.mT, q[:, length:])
 
-        edge = factors[..., -1, :].reshape(chunks, groups, 1, size).clone()
+        edge = factors[..., -1, :].clone().view(chunks, groups, 1, size)
         start = factors[..., 0, :].reshape(chunks, groups, 1, size)
         edge[:-1] /= start[1:]
-        S = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
         if state is None:
-            S[0] = 0
+            states[0] = 0
         else:
-            torch.div(state.reshape(groups, size, size), start[0], out=S[0])
-        by_chunk = [x.view(chunks, groups, -1, size) for x in (W, q, z)]
+            torch.div(state.reshape(groups, size, size), start[0], out=states[0])
+        across = across.view(chunks, groups, size, size)
         for i in range(chunks):
-            W_i, q_i, z_i = (x[i] for x in by_chunk)
             if i or state is not None:
-                z_i[:, length:].baddbmm_(W_i, S[i].mT)
-            torch.baddbmm(S[i], z_i.mT, q_i, out=S[i + 1]).mul_(edge[i])
-        y = torch.bmm(A[:, :length], z)
-        y.baddbmm_(p[:, :length], S[:-1].reshape(G, size, size).mT)
+                states[i + 1].baddbmm_(states[i], across[i])
+            states[i + 1].mul_(edge[i])
+        starts = states[:-1].view(-1, size, size)
+        U.baddbmm_(W, starts.mT)
+        z[:, length:] = U
+        y = torch.bmm(A[:, :length], z).baddbmm_(p[:, :length], starts.mT)
 
-        ctx.save_for_backward(w, factors, edge, p, q, z, A, inverse, W, S)
+        ctx.save_for_backward(w, factors, edge, p, q, z, A, inverse, W, states)
         ctx.grid, ctx.has_state = grid, state is not None
-        ctx.dtypes = [x.dtype for x in (r, w, k, v, a, b)]
+        ctx.dtypes = [x.dtype for x in (r, k, v, a, b)]
         ctx.set_materialize_grads(False)
-        return grid.store(y, v), S[-1].view(batch, heads, size, size).clone()
+        return grid.store(y, v.dtype), states[-1].view(grid.batch, grid.heads, size, size).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        w, factors, edge, p, q, z, A, inverse, W, S = ctx.saved_tensors
+        w, factors, edge, p, q, z, A, inverse, W, states = ctx.saved_tensors
         grid: ChunkGrid = ctx.grid
         chunks, groups, length, size = grid.chunks, grid.groups, grid.length, grid.size
-        G = chunks * groups
-        d = p.new_empty(chunks, grid.batch, grid.heads, 2, length, size)
+        d = grid.empty(2, length, size, like=p, dtype=p.dtype)
         if dy is None:
             d[..., 0, :, :] = 0
         else:
             d[..., 0, :, :].copy_(grid.view(dy))
-        d = d.view(G, 2 * length, size)
+        d = d.view(grid.matrices, 2 * length, size)
         du = torch.bmm(A[:, :length, length:].mT, d[:, :length])
 
-        H = S.new_empty(chunks, groups, size, size)
-        grad = torch.zeros_like(S[0]) if dfinal is None else dfinal.reshape(groups, size, size).to(S.dtype)
-        colsum = S.new_empty(chunks, groups, 1, size)
-        rw = torch.cat([p[:, :length], W], 1).view(chunks, groups, 2 * length, size)
-        du, dyc, qc = (x.view(chunks, groups, -1, size) for x in (du, d, q))
-        dyu = torch.empty_like(rw)
-        dyu[:, :, :length] = dyc[:, :, :length]
+        grads = torch.empty_like(states)
+        grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
+        torch.bmm(d[:, :length].mT, p[:, :length], out=grads[:-1].view(-1, size, size))
+        grads[:-1].view(-1, size, size).baddbmm_(du.mT, W)
+        across = torch.bmm(q[:, length:].mT, W).view(chunks, groups, size, size)
+        across.diagonal(dim1=2, dim2=3).add_(1)
+        ends = torch.empty_like(across)
         for i in reversed(range(chunks)):
-            torch.sum(S[i + 1] * grad, 1, keepdim=True, out=colsum[i])
-            torch.mul(grad, edge[i], out=H[i])
-            torch.baddbmm(du[i], qc[i, :, length:], H[i].mT, out=dyu[i, :, length:])
-            grad = torch.baddbmm(H[i], dyu[i].mT, rw[i])
+            torch.mul(grads[i + 1], edge[i], out=ends[i])
+            grads[i].baddbmm_(ends[i], across[i])
         dstate = None
         if ctx.has_state:
-            grad = grad / factors[0, ..., 0, :].reshape(groups, 1, size)
-            dstate = grad.view(grid.batch, grid.heads, size, size)
+            dstate = (grads[0] / factors[0, ..., 0, :].reshape(groups, 1, size)).view(grid.batch, grid.heads, size, size)
 
-        H = H.view(G, size, size)
-        torch.bmm(inverse.mT, dyu.view(G, 2 * length, size)[:, length:], out=d[:, length:])
-        dv = torch.bmm(A[:, :, :length].mT, d).baddbmm_(q[:, :length], H.mT)
+        starts, ends = states[:-1].view(-1, size, size), ends.view(-1, size, size)
+        du.baddbmm_(q[:, length:], ends.mT)
+        d[:, length:] = torch.bmm(inverse.mT, du)
+        dvc = torch.bmm(A[:, :, :length].mT, d).baddbmm_(q[:, :length], ends.mT)
         dA = torch.bmm(d, z.mT).mul_(_causal(length, A))
-        dp = torch.bmm(dA, q).baddbmm_(d, S[:-1].reshape(G, size, size))
-        dq = torch.bmm(dA.mT, p).baddbmm_(z, H)
-        p_dp = (p * dp).view(G, 2, length, size)
-        q_dq = (q * dq).view(G, 2, length, size)
-        dc = p_dp[:, 0] + p_dp[:, 1] - q_dq[:, 0] - q_dq[:, 1]
-        total = torch.ones(length, length, dtype=dc.dtype, device=dc.device).triu().expand(G, -1, -1)
-        dlog = torch.bmm(total, dc).sub_(p_dp[:, 1]).add_(colsum.view(G, 1, size))
+        dp = torch.bmm(dA, q).baddbmm_(d, starts)
+        dq = torch.bmm(dA.mT, p).baddbmm_(z, ends)
 
-        shape = (chunks, grid.batch, grid.heads, length, size)
+        through = torch.mul(p, dp, out=d).addcmul_(q, dq, value=-1)
+        later = torch.ones(length, length, dtype=dp.dtype, device=dp.device).triu()
+        later = torch.cat([later, later.triu(1)], 1)
+        dlog = torch.bmm(later.expand(grid.matrices, -1, -1), through).addcmul_(q[:, length:], dq[:, length:], value=-1)
+        edges = torch.mul(states[1:], grads[1:], out=across).sum(2, keepdim=True)
+        dlog = dlog.view(chunks, groups, length, size).add_(edges).view(*factors.shape[:3], length, size)
+
         before, after = factors[..., :-1, :], factors[..., 1:, :]
-        dp, dq = (x.view(*shape[:3], 2, length, size) for x in (dp, dq))
-        dr = dp[..., 0, :, :] * after
-        da = dp[..., 1, :, :] * before
-        dk = dq[..., 0, :, :] / after
-        db = dq[..., 1, :, :] / after
-        logit = grid.load(w, dlog.dtype)
-        # 1 - sigmoid(x) loses every digit for a large x; sigmoid(-x) does not
-        dw = dlog.view(shape) * STRONGEST * torch.sigmoid(logit) * torch.sigmoid(-logit)
-        out = [
-            grid.store(g, g.new_empty(0, dtype=t))
-            for g, t in zip((dr, dw, dk, dv.view(shape), da, db), ctx.dtypes, strict=True)
-        ]
-        return *out, dstate, None
-
-
-def _causal(length: int, like: Tensor) -> Tensor:
-    whole = torch.ones(length, length, dtype=like.dtype, device=like.device)
-    rows = torch.cat([whole.tril(), whole.tril(-1)])
-    return torch.cat([rows, rows], 1)
+        dp, dq = (x.view(*factors.shape[:3], 2, length, size) for x in (dp, dq))
+        small = torch.empty_like(dlog)
+        # sigmoid(x) sigmoid(-x) by the smaller of the two, since 1 - sigmoid(x) loses every digit for a large x
+        torch.copysign(grid.view(w).to(dlog.dtype), -1.0, out=small).sigmoid_()
+        dlog = torch.ops.aten.sigmoid_backward(dlog, small).mul_(STRONGEST)
+        dr, dk, dv, da, db = (grid.room(p, dtype) for dtype in ctx.dtypes)
+        torch.mul(dp[..., 0, :, :], after, out=dr[1])
+        torch.mul(dp[..., 1, :, :], before, out=da[1])
+        torch.div(dq[..., 0, :, :], after, out=dk[1])
+        torch.div(dq[..., 1, :, :], after, out=db[1])
+        dv[1].copy_(dvc.view(dlog.shape))
+        dw = grid.store(dlog, w.dtype)
+        dr, dk, dv, da, db = (grid.trimmed(whole) for whole, _ in (dr, dk, dv, da, db))
+        return dr, dw, dk, dv, da, db, dstate, None
 
 
 BACKEND = Backend("torch", "chunked matrix products", wkv7, Supports())
