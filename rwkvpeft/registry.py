@@ -35,8 +35,8 @@ OBJECTIVES: dict[str, str] = {
 }
 
 SOURCES: dict[str, str] = {
-    "binidx": "rwkvpeft.data.binidx:BinidxSource",
-    "jsonl": "rwkvpeft.data.jsonl:JsonlSource",
+    "binidx": "rwkvpeft.data.binidx:open_binidx",
+    "jsonl": "rwkvpeft.data.jsonl:open_jsonl",
 }
 
 OPTIMIZERS: dict[str, str] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
-from rwkvpeft.config.groups import OutputConfig, TrainConfig
+from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.config.resolve import Machine, resolve
-from rwkvpeft.config.settings_file import write_settings
+from rwkvpeft.config.settings_file import read_seed, write_settings
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTERS, find
 
@@ -60,20 +60,19 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     if config.data.dataload == "only":
         check_memory(base.shape, assemble.with_longest_row(config, dataset.report().longest))
     if config.data.preview:
-        print(preview(dataset, config.data.preview))
+        print(preview(dataset, config.data.preview, color=sys.stdout.isatty()))
         return 0
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
     _check_resume(config, recipe, data)
     model = assemble.build_for_training(base, config, operator, adapter, start)
     for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator)]:
-        print(line)
-    folder = Path(config.output.proj_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder / "config.yaml", config)
-    result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=print)
+        _say(line)
+    if _is_first_process():
+        write_settings(Path(config.output.proj_dir) / "config.yaml", config)
+    result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say)
     for line in report.end_lines(config, result):
-        print(line)
+        _say(line)
     return 0
 
 
@@ -92,8 +91,14 @@ def _machine(given: dict[str, Any]) -> Machine:
 
 
 def _earlier_seed(given: dict[str, Any]) -> int | None:
-    """The seed of the run that ``--resume`` takes up, so that its order of samples goes on."""
-    output: OutputConfig = build_groups({name: given[name] for name in ("proj_dir", "resume") if name in given}).output
+    """The seed of the run that ``--resume`` takes up, so that its order of samples goes on.
+
+    For a process started by the first one it is the seed that one has written down.
+    """
+    early = build_groups({name: given[name] for name in ("proj_dir", "resume", "devices") if name in given})
+    output = early.output
+    if early.runtime.devices > 1 and not _is_first_process():
+        return read_seed(Path(output.proj_dir) / "config.yaml")
     if output.resume == "none":
         return None
     folder = Path(output.proj_dir) / "resume" if output.resume == "auto" else Path(output.resume)
@@ -108,13 +113,24 @@ def _earlier_seed(given: dict[str, Any]) -> int | None:
     return None
 
 
+def _is_first_process() -> bool:
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    return int(rank_zero_only.rank or 0) == 0
+
+
+def _say(line: str) -> None:
+    if _is_first_process():
+        print(line)
+
+
 def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> None:
     """Refuse to go on with other settings before anything is written."""
     from rwkvpeft.training.fit import essential_settings
     from rwkvpeft.training.module import RunPlan
     from rwkvpeft.training.resume import check_essentials, find_point
 
-    point = find_point(config.output, print)
+    point = find_point(config.output, _say)
     if point is None:
         return
     steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkvpeft.atomic import make_durable, partial_beside, writing
+from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.source import TokenSource
 from rwkvpeft.errors import ContractError, UserError
 
@@ -54,6 +55,11 @@ class BinidxSource(TokenSource):
     def __reduce__(self) -> tuple[type[BinidxSource], tuple[Path]]:
         # a memory map would be pickled as a copy of the file
         return BinidxSource, (self.prefix,)
+
+
+def open_binidx(config: DataConfig) -> BinidxSource:
+    """The pair ``--data_file`` names. Raises: UserError as ``BinidxSource`` does."""
+    return BinidxSource(config.data_file)
 
 
 class _Index:

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.binidx import BinidxSource
-from rwkvpeft.data.jsonl import JsonlSource
 from rwkvpeft.data.prime import is_prime, magic_prime
 from rwkvpeft.data.rows import DocumentRows, Row, RowDataset, WindowRows
-from rwkvpeft.data.rules import mask_rule, shared_tokenizer
+from rwkvpeft.data.rules import mask_rule
 from rwkvpeft.data.source import TokenSource
+from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
+from rwkvpeft.registry import SOURCES, find
 
 __all__ = ["Row", "RowDataset", "open_dataset", "open_source"]
 
@@ -57,9 +57,9 @@ def open_source(config: DataConfig) -> TokenSource:
 
     Raises: UserError as the sources do.
     """
-    if config.data_type == "jsonl" or Path(config.data_file).suffix.lower() == ".jsonl":
-        return JsonlSource(config.data_file, shared_tokenizer(config.tokenizer), config.text_key)
-    return BinidxSource(config.data_file)
+    kind = "jsonl" if Path(config.data_file).suffix.lower() == ".jsonl" else config.data_type
+    source: TokenSource = find(SOURCES, kind, flag="--data_type")(config)
+    return source
 
 
 def _check_length(source: TokenSource, ctx_len: int) -> None:
@@ -88,7 +88,7 @@ def _check_magic_prime(source: TokenSource, prime: int, ctx_len: int) -> None:
 def _nothing_trained(dataset: RowDataset, config: DataConfig) -> UserError:
     """The error that says why, with the first document shown."""
     source = dataset.source
-    text = shared_tokenizer(config.tokenizer).decode(source.read(0)[:_READ_TOKENS].tolist())
+    text = load_tokenizer(config.tokenizer).decode(source.read(0)[:_READ_TOKENS].tolist())
     why, fix = _cause(dataset, config, text)
     return UserError(
         f"nothing in {source.name} would be trained with --loss_mask {config.loss_mask}: {why}",

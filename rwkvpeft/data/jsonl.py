@@ -14,9 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.conversation import RecordError, Segment, segments
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from rwkvpeft.errors import UserError
 
 BLOCK_BYTES = 1 << 22
@@ -182,6 +183,11 @@ class JsonlSource(TokenSource):
         """For each token of document ``index``, 1 if an assistant says it. Known from the roles, not from the text."""
         start = int(self.starts[index])
         return self._trained[start : start + int(self.sizes[index])]
+
+
+def open_jsonl(config: DataConfig) -> JsonlSource:
+    """The file ``--data_file`` names. Raises: UserError as ``JsonlSource`` does."""
+    return JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key)
 
 
 def tokenise(parts: list[Segment], tokenizer: Tokenizer) -> tuple[list[int], npt.NDArray[np.uint8]]:

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from rwkvpeft.data.rows import Row, RowDataset
-from rwkvpeft.data.rules import shared_tokenizer
-from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 
 _BRACKETS = ("⟦", "⟧")
 _GREEN = ("\x1b[32m", "\x1b[0m")
@@ -24,7 +23,7 @@ def preview(dataset: RowDataset, n: int, tokenizer: Tokenizer | None = None, col
         n: samples to show; at most one pass is shown.
         tokenizer: the one that made the tokens; None takes the one the data were opened with.
     """
-    tokenizer = tokenizer or shared_tokenizer(dataset.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(dataset.tokenizer)
     marks = _GREEN if color else _BRACKETS
     samples = [
         _sample(dataset, position, tokenizer, marks) for position in range(min(n, len(dataset)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.jsonl import JsonlSource
 from rwkvpeft.data.masks import QA_LOOKAHEAD, Tokens, Weights, qa_weights, se_weights
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, load_tokenizer
 from rwkvpeft.errors import UserError
 
 _COUNTED_AT_ONCE = 256
@@ -58,7 +57,7 @@ class TextRule(MaskRule):
 
     def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
         """Counts of many documents at once, which takes a fraction of the time of one by one."""
-        if shared_tokenizer(self.tokenizer).encoding != "utf-8":
+        if load_tokenizer(self.tokenizer).encoding != "utf-8":
             return super().count(source, lengths)
         counts: list[int] = []
         for begin in range(0, len(lengths), _COUNTED_AT_ONCE):
@@ -87,7 +86,7 @@ class AnswersOnly(TextRule):
 
     def find(self, tokens: Tokens) -> Weights:
         """1 for answers, the separators behind them and the end of a document that they end."""
-        return qa_weights(tokens, shared_tokenizer(self.tokenizer))
+        return qa_weights(tokens, load_tokenizer(self.tokenizer))
 
     def weights(self, source: TokenSource, document: int, length: int) -> Weights:
         """As ``find``, from the roles where they are known."""
@@ -110,11 +109,11 @@ class BetweenMarkers(TextRule):
         self.start = start
         self.end = end
         # a token has at least a byte, so a marker that begins before the cut ends within as many tokens
-        self.lookahead = max(len(shared_tokenizer(tokenizer).to_bytes(marker)) for marker in (start, end))
+        self.lookahead = max(len(load_tokenizer(tokenizer).to_bytes(marker)) for marker in (start, end))
 
     def find(self, tokens: Tokens) -> Weights:
         """1 between the markers."""
-        return se_weights(tokens, shared_tokenizer(self.tokenizer), self.start, self.end)
+        return se_weights(tokens, load_tokenizer(self.tokenizer), self.start, self.end)
 
 
 def mask_rule(config: DataConfig) -> MaskRule:
@@ -131,9 +130,3 @@ def mask_rule(config: DataConfig) -> MaskRule:
             )
         return BetweenMarkers(config.tokenizer, config.mask_id["mask0"], config.mask_id["mask1"])
     return EveryToken()
-
-
-@lru_cache(maxsize=2)
-def shared_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name; its tables are read once in a process."""
-    return load_tokenizer(name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +109,9 @@ class IncrementalDecoder:
         return rest
 
 
+@lru_cache(maxsize=4)
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name; cheap, for tables are read when they are first needed.
+    """The tokenizer of that name, one object in a process; its tables are read when they are first needed.
 
     Args:
         name: "world"; "bytes" (UTF-8 bytes as ids); "utf-16le" (bytes of UTF-16LE as ids); or the path of a vocabulary
