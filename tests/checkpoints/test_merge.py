@@ -184,7 +184,7 @@ def test_an_existing_output_survives_an_error_while_writing(files, monkeypatch):
 
 def test_a_file_that_reads_back_differently_is_not_kept(files, monkeypatch):
     base, adapter, output = files
-    monkeypatch.setattr(merge, "_probe", lambda tensor, seen=[]: torch.tensor([float(len(seen)), seen.append(1) or 0]))
+    monkeypatch.setattr(merge, "_probe", lambda tensor, seen=[]: seen.append(1) or bytes([len(seen)]))
     with pytest.raises(UserError, match="reads back differently"):
         merge_files(base, adapter, output)
     assert not output.exists()
@@ -225,8 +225,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_path, monkeypatch):
-    width, layers = 2048, 30
-    matrix = torch.randn(width, width)
+    width, layers = 2048, 60
+    matrix = torch.randn(width, width).to(torch.bfloat16)
     save_tensors(tmp_path / "big.pth", {
         f"blocks.{layer}.att.{name}.weight": matrix + layer for layer in range(layers) for name in ("key", "value")
     })
@@ -241,5 +241,5 @@ def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     model_bytes = (tmp_path / "big.pth").stat().st_size
     assert model_bytes > 1e9
-    # the map is given back every 256 MiB; two copies of a 16 MiB tensor and the adapter come on top
-    assert int(done.stdout) < 450e6
+    # the map is given back every 128 MiB; a tensor of 8 MiB in three copies and the allocator's slack come on top
+    assert int(done.stdout) < 300e6
