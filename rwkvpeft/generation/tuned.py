@@ -102,8 +102,10 @@ def pick_device(name: str) -> torch.device:
     Raises: UserError if there is no such device.
     """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        # torch.accelerator came with torch 2.6
+        if hasattr(torch, "accelerator") and torch.accelerator.is_available():
+            return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
