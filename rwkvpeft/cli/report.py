@@ -48,12 +48,13 @@ def _model_lines(config: TrainConfig, base: Base, model: Rwkv) -> list[str]:
 
 def _plan_line(config: TrainConfig, data: TrainingData) -> str:
     schedule = config.schedule
-    batches = data.epoch_steps * schedule.epoch_count
-    rows = batches * schedule.micro_bsz * config.runtime.devices * config.runtime.num_nodes
-    steps = -(-data.epoch_steps // schedule.accumulate_grad_batches) * schedule.epoch_count
-    passes = rows / max(1, len(data.dataset))
+    devices = config.runtime.devices * config.runtime.num_nodes
+    batches = data.steps_for(devices)
+    steps = -(-batches // schedule.accumulate_grad_batches) * schedule.epoch_count
+    passes = batches * schedule.epoch_count * schedule.micro_bsz * devices / max(1, len(data.dataset))
+    shared = f" on each of {devices} devices" if devices > 1 else ""
     return (
-        f"plan: {schedule.epoch_count} x {data.epoch_steps:,} batches of {schedule.micro_bsz} rows = {steps:,} steps, "
+        f"plan: {schedule.epoch_count} x {batches:,} batches of {schedule.micro_bsz} rows{shared}, {steps:,} steps, "
         f"{passes:.3g} passes over the data"
     )
 

@@ -116,7 +116,7 @@ def _earlier_seed(given: dict[str, Any]) -> int | None:
 def _is_first_process() -> bool:
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-    return int(rank_zero_only.rank or 0) == 0
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _say(line: str) -> None:

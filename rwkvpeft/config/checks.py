@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from rwkvpeft.config.findings import Findings, nearest
-from rwkvpeft.config.groups import DataConfig, ModelConfig, OptimizerConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from rwkvpeft.config.groups import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 _AT_LEAST: dict[str, dict[str, float]] = {
     "data": {"ctx_len": 1, "num_workers": 0, "preview": 0, "magic_prime": 0},
@@ -39,7 +39,6 @@ def check_values(config: TrainConfig, findings: Findings) -> None:
     _check_data(config.data, config.schedule, findings)
     _check_rates(config.schedule, config.optimizer, findings)
     _check_method(config, findings)
-    _check_runtime(config.runtime, findings)
 
 
 def _check_model(model: ModelConfig, findings: Findings) -> None:
@@ -119,16 +118,6 @@ def _check_method(config: TrainConfig, findings: Findings) -> None:
             f"--train_parts has no effect with --peft {method.peft}",
             found=method.train_parts,
             fix="--peft lora",
-        )
-
-
-def _check_runtime(runtime: RuntimeConfig, findings: Findings) -> None:
-    if runtime.accelerator == "cpu":
-        findings.check(
-            runtime.precision != "fp16",
-            "--precision fp16 needs a GPU",
-            found="--accelerator cpu",
-            fix="--precision bf16 or --precision fp32",
         )
 
 

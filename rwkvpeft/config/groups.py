@@ -120,8 +120,8 @@ class MethodConfig:
         metavar="PART",
         choices=("time", "ln", "emb", "head", "none"),
     )
-    merge: int | None = flag(
-        None, help="1: write merged models, the adapter beside them; 0: the adapter alone (chosen)", choices=("0", "1")
+    merge: int = flag(
+        0, help="1: write merged models, the adapter beside them; 0: the adapter alone", choices=("0", "1")
     )
     dropout: float = flag(0.0, help="dropout of each block's two updates")
 

@@ -51,9 +51,9 @@ def resolve(
     _by_method(values)
     _by_data(values)
     _by_machine(values, machine, remarks)
-    _seed(values, earlier_seed, remarks)
-    config = build_groups(values)
     findings = Findings()
+    _seed(values, earlier_seed, remarks, findings)
+    config = build_groups(values)
     check_values(config, findings)
     if files_too:
         check_paths(config, findings)
@@ -71,9 +71,6 @@ def _by_method(values: dict[str, Any]) -> None:
     for name, default in {**_DEFAULTS, **_METHOD_DEFAULTS.get(method, {})}.items():
         if values.get(name) is None:
             values[name] = default
-    if values.get("merge") is None:
-        # an adapter alone is small and merges later; full training has no adapter to leave out
-        values["merge"] = 0
 
 
 def _by_data(values: dict[str, Any]) -> None:
@@ -97,12 +94,14 @@ def _by_machine(values: dict[str, Any], machine: Machine, remarks: list[str]) ->
         remarks.append("--op fla is taken as --fla: with --peft state upstream's scripts always carry it")
 
 
-def _seed(values: dict[str, Any], earlier_seed: int | None, remarks: list[str]) -> None:
+def _seed(values: dict[str, Any], earlier_seed: int | None, remarks: list[str], findings: Findings) -> None:
     if values.get("random_seed", -1) >= 0:
         return
     if earlier_seed is not None:
         values["random_seed"] = earlier_seed
         return
+    if values.get("num_nodes", 1) > 1:
+        findings.add("several machines cannot agree on a seed by themselves", fix="--random_seed 1")
     values["random_seed"] = random.SystemRandom().randrange(2**31)
     remarks.append(
         f"random seed {values['random_seed']} (give --random_seed {values['random_seed']} to repeat this run)"

@@ -1,8 +1,14 @@
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(path):
@@ -125,3 +131,34 @@ def test_the_same_command_goes_on_with_the_seed_it_had(train, tmp_path):
     assert code == 0, errors
     assert "is complete" in output
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["runtime"]["random_seed"] == seed
+
+
+@pytest.mark.slow
+def test_a_terminated_run_saves_and_leaves_with_code_0(tiny_model, binidx_prefix, tmp_path):
+    words = (
+        f"--load_model {tiny_model} --data_file {binidx_prefix} --proj_dir {tmp_path} --accelerator cpu --peft state"
+    )
+    short = "--ctx_len 16 --micro_bsz 1 --epoch_steps 100000 --epoch_count 1"
+    command = [sys.executable, str(ROOT / "train.py"), *words.split(), *short.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("step"):
+                break
+        run.send_signal(signal.SIGTERM)
+        rest = run.stdout.read()
+    assert run.returncode == 0, rest
+    assert "the same command goes on from" in rest
+    assert list((tmp_path / "resume").glob("step-*/resume.json"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_with_one_seed(tiny_model, binidx_prefix, tmp_path):
+    words = (
+        f"--load_model {tiny_model} --data_file {binidx_prefix} --proj_dir {tmp_path} --accelerator cpu --peft state"
+    )
+    short = "--ctx_len 16 --micro_bsz 1 --epoch_steps 2 --epoch_count 1 --devices 2 --strategy ddp"
+    command = [sys.executable, str(ROOT / "train.py"), *words.split(), *short.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("random seed") == 1
+    assert (tmp_path / "rwkv-0.pth").is_file()

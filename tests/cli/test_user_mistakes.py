@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rwkvpeft.cli.merge import main as merge
 from rwkvpeft.data.binidx import write_binidx
 
 
@@ -96,6 +97,19 @@ def test_an_adapter_of_another_base(mistake, train, tiny_model, tmp_path):
     words = ["--peft", "state", "--load_model", tmp_path / "other.pth", "--adapter", tmp_path / "first/rwkv-0.pth"]
     text = mistake(*words)
     assert "is not the model this adapter was trained on" in text
+
+
+def test_merging_into_another_base(train, tiny_model, tmp_path, capsys):
+    train("--peft", "lora")
+    other = torch.load(tiny_model, weights_only=True)
+    other["emb.weight"] += 1
+    torch.save(other, tmp_path / "other.pth")
+    files = f"--base_model {tmp_path}/other.pth --checkpoint {tmp_path}/out/rwkv-0.pth --output {tmp_path}/merged.pth"
+    code = merge(files.split())
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert "is not the model this adapter was trained on" in errors
+    assert not (tmp_path / "merged.pth").exists()
 
 
 def test_a_token_beyond_the_vocabulary(mistake, tmp_path):
