@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from rwkvpeft.errors import UserError
@@ -25,8 +26,9 @@ def guarded(body: Callable[[], int], debug: bool = False) -> int:
         sys.stdout.flush()
     except UserError as error:
         if debug:
-            raise
-        print(error.render(), file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(error.render(), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str]) -> int:
     given = parse_train(argv, _method_settings)
     config, remarks = resolve(given, _machine(given), earlier_seed=_earlier_seed(given), files_too=True)
+    return guarded(lambda: _run_within_memory(config, remarks), debug=config.runtime.debug)
+
+
+def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:
     try:
         return _run(config, remarks)
     except (RuntimeError, MemoryError) as reason:

@@ -23,9 +23,12 @@ def test_a_user_error_is_one_message_and_code_2(capsys):
     assert captured.err == "error: no such file\n  found     a.pth\n  try       --load_model b.pth\n"
 
 
-def test_debug_lets_the_traceback_through():
-    with pytest.raises(UserError):
-        guarded(fail_with(UserError("no such file")), debug=True)
+def test_debug_shows_the_traceback(capsys):
+    code = guarded(fail_with(UserError("no such file")), debug=True)
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" in errors
+    assert "no such file" in errors
 
 
 def test_an_interrupt_gives_130():

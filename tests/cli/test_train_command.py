@@ -116,11 +116,12 @@ def test_another_failure_keeps_its_traceback(train, monkeypatch):
         train("--peft", "none")
 
 
-def test_debug_shows_the_traceback_of_a_users_mistake(train):
-    from rwkvpeft.errors import UserError
-
-    with pytest.raises(UserError):
-        train("--n_layer", "9", "--debug")
+def test_debug_shows_the_traceback_of_a_users_mistake(train, tmp_path):
+    (tmp_path / "settings.yaml").write_text("debug: true\n")
+    for words in (["--debug"], ["--config", tmp_path / "settings.yaml"]):
+        code, _, errors = train("--n_layer", "9", *words)
+        assert code == 2
+        assert "Traceback" in errors
 
 
 def test_the_same_command_goes_on_with_the_seed_it_had(train, tmp_path):
