@@ -70,13 +70,26 @@ def test_wandb_without_its_package_names_the_extra(tmp_path, monkeypatch):
         start_wandb("project", tmp_path, {}, print)
 
 
-@pytest.mark.parametrize(("key", "mode"), [(None, "offline"), ("secret", None)])
-def test_wandb_is_offline_without_a_key_and_never_asks(tmp_path, monkeypatch, key, mode):
-    calls = []
-    fake = SimpleNamespace(api=SimpleNamespace(api_key=key), init=lambda **values: calls.append(values))
+def older_login():
+    raise AssertionError("asks for a key")
+
+
+def newer_login(known):
+    return lambda prompt=None: known and not prompt
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("newer", [True, False])
+def test_wandb_is_offline_without_a_key_and_never_asks(tmp_path, monkeypatch, known, newer):
+    calls, lines = [], []
+    fake = SimpleNamespace(
+        Error=ConnectionError,
+        api=SimpleNamespace(api_key="secret" if known else None),
+        login=newer_login(known) if newer else older_login,
+        init=lambda **values: calls.append(values),
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("rwkvpeft.training.callbacks.metrics.find_spec", lambda name: object())
-    lines = []
     start_wandb("project", tmp_path, {"lr": 1}, lines.append)
-    assert calls[0]["mode"] == mode
-    assert bool(lines) == (key is None)
+    assert calls[0]["mode"] == (None if known else "offline")
+    assert bool(lines) == (not known)

@@ -160,6 +160,14 @@ def test_mini_epochs_are_numbered_from_epoch_begin_and_my_exit_ends_the_run(trai
     assert sorted(path.name for path in (tmp_path / "run").glob("rwkv-*.pth")) == ["rwkv-7.pth", "rwkv-8.pth"]
 
 
+def test_what_a_killed_run_left_unfinished_is_cleared_up(train, tmp_path):
+    left = tmp_path / "run" / ".rwkv-0.partial-77-abcd.pth"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    train(epoch_count=1)
+    assert not left.exists()
+
+
 def test_a_finished_run_is_not_trained_again(train):
     train()
     result, _, lines = train()

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import datetime
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -170,10 +171,20 @@ def start_wandb(project: str, folder: Path, settings: dict[str, Any], report: Ca
     if find_spec("wandb") is None:
         raise UserError("--wandb needs the package wandb", fix="pip install 'rwkvpeft[wandb]'")
     wandb = import_module("wandb")
-    # looks in the environment, the netrc file and wandb's own settings, and asks nobody
-    key = wandb.api.api_key
-    if not key:
-        report("Weights & Biases: no key is known, the run is kept offline (wandb login, then wandb sync)")
+    try:
+        known = _wandb_key_is_known(wandb)
+        reason = "no key is known (wandb login)"
+    except wandb.Error as problem:
+        known, reason = False, str(problem)
+    if not known:
+        report(f"Weights & Biases: {reason}; the run is kept offline, wandb sync sends it later")
     return wandb.init(
-        project=project, dir=str(folder), config=settings, mode=None if key else "offline", save_code=False
+        project=project, dir=str(folder), config=settings, mode=None if known else "offline", save_code=False
     )
+
+
+def _wandb_key_is_known(wandb: Any) -> bool:
+    """Look in the environment, the netrc file and wandb's own settings; ask nobody."""
+    if "prompt" in signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)

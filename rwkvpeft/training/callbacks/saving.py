@@ -109,8 +109,11 @@ class Saving(pl.Callback):
         self.stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the optimizer its state of an earlier run, and listen for signals."""
+        """Give the optimizer its state of an earlier run, clear up after a crash, and listen for signals."""
         assert isinstance(pl_module, RwkvModule)
+        if trainer.is_global_zero:
+            for partial in self._folder.parent.glob(".*.partial-*"):
+                partial.unlink(missing_ok=True)
         if self._point is not None:
             tensors = self._point.tensors()
             restore_optimizer(pl_module.model, trainer.optimizers[0], tensors)
