@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# tests use tiny tensors: a second thread costs more than it brings
+torch.set_num_threads(1)
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
