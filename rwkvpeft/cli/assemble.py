@@ -140,6 +140,8 @@ def build_for_training(
     model.checkpointing = bool(config.runtime.grad_cp)
     for block in model.blocks:
         block.dropout = config.method.dropout  # type: ignore[assignment]
+    # an adapter's first values belong to the seed: a run killed before its first save starts with them again
+    torch.manual_seed(config.runtime.random_seed)
     if adapter is None:
         model.requires_grad_(True)
     else:
