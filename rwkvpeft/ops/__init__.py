@@ -5,10 +5,10 @@ Letters: B batch, T tokens, H heads, N head size.
 
 from __future__ import annotations
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from rwkvpeft.ops.choose import choose_backend
-from rwkvpeft.ops.contract import Needs, Wkv
+from rwkvpeft.ops.contract import Needs, Wkv, wants_grad
 
 __all__ = ["wkv5", "wkv6", "wkv7"]
 
@@ -33,7 +33,7 @@ def wkv5(
         UserError: ``op`` cannot run. ContractError: shapes or devices disagree.
     Source: "Eagle and Finch" (arXiv 2404.05892), Eagle time mixing.
     """
-    return _backend("wkv5", op, v, w)(r=r, w=w, k=k, v=v, u=u, state=state)
+    return _backend("wkv5", op, v, r, w, k, u, state)(r=r, w=w, k=k, v=v, u=u, state=state)
 
 
 def wkv6(
@@ -45,7 +45,7 @@ def wkv6(
 
     Source: "Eagle and Finch" (arXiv 2404.05892), Finch time mixing.
     """
-    return _backend("wkv6", op, v, w)(r=r, w=w, k=k, v=v, u=u, state=state)
+    return _backend("wkv6", op, v, r, w, k, u, state)(r=r, w=w, k=k, v=v, u=u, state=state)
 
 
 def wkv7(
@@ -71,9 +71,9 @@ def wkv7(
     Raises: as ``wkv5``.
     Source: "RWKV-7 Goose" (arXiv 2503.14456), time mixing.
     """
-    return _backend("wkv7", op, v, w)(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
+    return _backend("wkv7", op, v, r, w, k, a, b, state)(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
 
 
-def _backend(operator: str, op: str, value: Tensor, decay: Tensor) -> Wkv:
-    training = is_grad_enabled() and (value.requires_grad or decay.requires_grad)
-    return choose_backend(operator, op, Needs(value.device.type, value.dtype, value.shape[-1], training)).run
+def _backend(operator: str, op: str, value: Tensor, *others: Tensor | None) -> Wkv:
+    needs = Needs(value.device.type, value.dtype, value.shape[-1], wants_grad(value, *others))
+    return choose_backend(operator, op, needs).run

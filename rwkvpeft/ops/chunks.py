@@ -27,6 +27,12 @@ class ChunkGrid:
     size: int
     length: int
 
+    @classmethod
+    def of(cls, sequence: Tensor, length: int) -> ChunkGrid:
+        """The grid of a (B, T, H, N) in chunks of ``length`` tokens."""
+        batch, tokens, heads, size = sequence.shape
+        return cls(batch, tokens, heads, size, length)
+
     @property
     def chunks(self) -> int:
         """n, at least one: no tokens are a chunk of filling, which changes no state."""
@@ -62,7 +68,7 @@ class ChunkGrid:
         return self.empty(self.length, self.size, like=sequence, dtype=dtype).copy_(self.view(sequence))
 
     def room(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """An empty (B, n·L, H, N) and its chunked view (n, B, H, L, N); hand the first to ``trimmed`` when it is full."""
+        """An empty (B, n·L, H, N), to be handed to ``trimmed`` when full, and its chunked view (n, B, H, L, N)."""
         whole = like.new_empty((self.batch, self.chunks * self.length, self.heads, self.size), dtype=dtype)
         return whole, whole.unflatten(1, (self.chunks, self.length)).permute(1, 0, 3, 2, 4)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkvpeft.errors import ContractError
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
-"""Keyword-only operator: ``(r=, w=, k=, v=, a=, b=, state=)`` for v7, ``(r=, w=, k=, v=, u=, state=)`` for v5 and v6."""
+"""Keyword-only operator: ``r, w, k, v, a, b, state`` for v7, ``r, w, k, v, u, state`` for v5 and v6."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any tensor is float64, otherwise float32: what operators calculate and keep states in."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will differentiate what is made of ``tensors``."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_operands(

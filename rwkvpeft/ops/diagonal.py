@@ -1,17 +1,21 @@
 """wkv5 and wkv6 as matrix products over chunks: the recurrences whose decay acts on each key channel alone.
 
-Letters: B batch, T tokens, H heads, N head size, G = B·H, n chunks, L tokens in a chunk; S is the state at a chunk's
-start, (N values, N keys).
+Letters: B batch, T tokens, H heads, N head size, G = B·H, n chunks, L tokens in a chunk, tiles of ``TILE`` tokens in a
+chunk; S is the state at a chunk's start, (N values, N keys). E(i) is the sum of a chunk's log decays before token i,
+so token t reads token s < t through e^(E(t) - E(s+1)), at most 1. As a product of one factor of t and one of s:
 
-A chunk is halved again and again. At half size h, token t of the second half of a block of 2h reads token s of the
-first half through the product of the decays between them, which splits at the border into two factors that are both
-at most 1:  r_t Π(border..t-1) · k_s Π(s+1..border-1).  No exponent is ever positive, so nothing overflows however
-strong the decays, and the gradient of a log decay is a plain sum over pairs it lies between: no large terms cancel.
-From h to 2h only the second halves of r and the first halves of k change, by the decay of a whole block.
+- in a tile both are relative to E at its middle: P_t = r_t e^(E(t) - mid), Q_s = k_s e^(mid - E(s+1)). A log decay
+  below -``LIMITS`` is taken as that limit, which changes the decay by less than rounding does and bounds the factors;
+- between the halves of a block of 2, 4, .. tiles both are relative to E at the border, and both at most 1;
+- between tokens and the states at the chunk's ends likewise.
+
+All but the first are P or Q times one number per tile and channel. Nothing overflows, however strong the decays.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,167 +26,323 @@ from rwkvpeft.ops.chunks import ChunkGrid
 from rwkvpeft.ops.contract import compute_dtype
 
 CHUNK = 32
+TILE = 8
+LIMITS = {torch.float32: 18.0, torch.float64: 37.0}
+"""e^-limit is below half a rounding step; e^(limit · TILE / 2) is far from overflow."""
 
 
-def read_chunks(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of ``wkv6`` from log decays (B, T, H, N) or, when they never change, (H, N).
-
-    Other arguments as ``rwkvpeft.ops.wkv6``; ``log_decay`` <= 0 in the dtype to calculate in.
-    """
+def read_chunks(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The recurrence of ``rwkvpeft.ops.wkv6``; ``w`` may be (H, N), one decay for all tokens."""
     if state is not None:
-        state = state.to(compute_dtype(r, log_decay, k, v, u, state))
-    return _Diagonal.apply(r, log_decay, k, v, u, state, CHUNK)
+        state = state.to(compute_dtype(r, w, k, v, u, state))
+    whole = v.shape[1] // CHUNK * CHUNK
+    if w.dim() == 4 or (v.shape[1] == whole and whole):
+        return _Diagonal.apply(r, w, k, v, u, state, CHUNK)
+    # the filling of the last chunk must not decay the state, so that there the decay does change
+    read = []
+    if whole:
+        y, state = _Diagonal.apply(r[:, :whole], w, k[:, :whole], v[:, :whole], u, state, CHUNK)
+        read.append(y)
+    rest = v[:, whole:]
+    y, state = _Diagonal.apply(r[:, whole:], w.expand(rest.shape), k[:, whole:], rest, u, state, CHUNK)
+    return torch.cat([*read, y], 1), state
 
 
 def read_one_token(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``read_chunks`` for T = 1, without the chunks."""
-    dtype = compute_dtype(r, log_decay, k, v, u, state)
+    """``read_chunks`` for T = 1, without chunks and without a backward of its own."""
+    dtype = compute_dtype(r, w, k, v, u, state)
     receptance, key, value = (x[:, 0].to(dtype) for x in (r, k, v))
     read = (receptance * u * key).sum(-1, keepdim=True) * value
     memory = value[..., :, None] * key[..., None, :]
     if state is not None:
         state = state.to(dtype)
         read = read + (state @ receptance[..., None])[..., 0]
-        decay = log_decay.exp() if log_decay.dim() == 2 else log_decay[:, 0].exp()
+        decay = torch.exp(-torch.exp((w if w.dim() == 2 else w[:, 0]).to(dtype)))
         memory = torch.addcmul(memory, state, decay[..., None, :])
     return read.to(v.dtype)[:, None], memory
 
 
-def _block_decays(grid: ChunkGrid, log_decay: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Decay over every aligned block of 1, 2, 4, .. L tokens: entry i broadcasts to (n, B, H, L / 2^i, N)."""
-    # exp of a sum, not a product of exps: a weak decay, rounded, would be wrong by L roundings
-    if log_decay.dim() == 2:
-        sums = [log_decay[:, None, :] * 2**i for i in range(grid.length.bit_length())]
+@functools.cache
+def _borders(length: int) -> list[tuple[int, int]]:
+    """Pairs (p, q) of every factor e^(E(p) - E(q)) a chunk needs, in the order ``_Factors`` reads them."""
+    starts = range(0, length, TILE)
+    middles = [start + TILE // 2 for start in starts]
+    pairs = [(start + t, start + TILE // 2) for start in starts for t in range(TILE + 1)]
+    pairs += [(middle, 0) for middle in middles]
+    pairs += [(length, middle) for middle in middles]
+    half = TILE
+    while half < length:
+        for middle in middles:
+            border = middle // (2 * half) * 2 * half + half
+            pairs.append((middle, border) if middle >= border else (border, middle))
+        half *= 2
+    return [*pairs, (length, 0)]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Decay factors of a chunk's m tiles, leading dimensions (n, B, H), or (1, 1, H) when the decay never changes.
+
+    Args:
+        tile: e^(E(t) - mid) for t = 0..TILE of each tile, (.., m, TILE + 1, N).
+        from_start: a tile's middle from the chunk's start, (.., m, 1, N).
+        to_end: the chunk's end from a tile's middle, (.., m, 1, N).
+        across: per half size, a tile's middle from the border or the border from it, (.., m, 1, N).
+        whole: the whole chunk, (.., 1, N).
+    """
+
+    tile: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    across: list[Tensor]
+    whole: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, length: int) -> _Factors:
+        """Name the parts of ``_decay_table``'s result."""
+        tiles = length // TILE
+        in_tiles = tiles * (TILE + 1)
+        tile, rest, whole = table.split([in_tiles, table.shape[-2] - in_tiles - 1, 1], dim=-2)
+        from_start, to_end, *across = rest.unflatten(-2, (-1, tiles, 1)).unbind(-4)
+        return cls(tile.unflatten(-2, (tiles, TILE + 1)), from_start, to_end, across, whole)
+
+
+def _decay_table(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Minus the log decays (.., L, N), and e^(E(p) - E(q)) of ``_borders`` with the limited ones (.., borders, N)."""
+    if w.dim() == 2:
+        strength = torch.exp(w.to(dtype))[None, None, :, None, :].repeat(1, 1, 1, grid.length, 1)
     else:
-        sums = [grid.load(log_decay, dtype)]
-        while sums[-1].shape[-2] > 1:
-            first, second = _halves(sums[-1])
-            sums.append(first + second)
-    return [x.exp() for x in sums]
+        strength = grid.load(w, dtype).exp_()
+    # far enough beyond the limit that its gradient is 0, without infinities
+    strength.clamp_(max=5 * LIMITS[dtype])
+    if grid.filling:
+        strength[-1, ..., grid.length - grid.filling :, :] = 0
+    ends = torch.tensor(_borders(grid.length), device=w.device)
+    token = torch.arange(grid.length, device=w.device)
+    sums = (token < ends[:, 1:]).to(dtype) - (token < ends[:, :1]).to(dtype)
+    flat = strength.clamp(max=LIMITS[dtype]).flatten(0, 2)
+    table = torch.bmm(sums.expand(flat.shape[0], -1, -1), flat).exp_()
+    return strength, table.unflatten(0, strength.shape[:3])
 
 
-def _halves(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Even and odd blocks of (.., m, N); a constant (H, 1, N) is both."""
-    if blocks.dim() == 3:
-        return blocks, blocks
-    pairs = blocks.unflatten(-2, (-1, 2))
-    return pairs[..., 0, :], pairs[..., 1, :]
+def _scaled(tiled: Tensor, factor: Tensor) -> Tensor:
+    """Tiled operand (n, B, H, m, TILE, N) times one factor per tile, as matrices (n·G, L, N)."""
+    return torch.mul(tiled, factor).flatten(3, 4).flatten(0, 2)
 
 
-def _pairs(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of blocks of 2·half tokens of a contiguous (n, B, H, L, N), each (n, B, H, m, half, N)."""
-    blocks = x.unflatten(-2, (-1, 2, half))
-    return blocks[..., 0, :, :], blocks[..., 1, :, :]
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(0, -3)
+def _halves(tiled: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """First and second halves of blocks of 2^(level + 1) tiles of (.., m, x, N), each (.., blocks, tiles, x, N)."""
+    blocks = tiled.unflatten(-3, (-1, 2, 2**level))
+    return blocks[..., 0, :, :, :], blocks[..., 1, :, :, :]
 
 
 def _rectangles(A: Tensor, half: int) -> Tensor:
-    """View (m, n, B, H, half, half) of what second halves read of first halves in A (n, B, H, L, L)."""
+    """View (n·G, blocks, half, half) of what second halves read of first halves in A (n·G, L, L)."""
     blocks = A.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))
-    return blocks[..., 1, :, :, 0, :].diagonal(dim1=3, dim2=5).permute(0, 1, 2, 5, 3, 4)
+    return blocks[:, :, 1, :, :, 0, :].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _in_tiles(length: int, device: torch.device) -> Tensor:
+    """Mask (L, L): t reads s in its own tile."""
+    token = torch.arange(length, device=device)
+    return (token < token[:, None]) & (token // TILE == token[:, None] // TILE)
 
 
 class _Diagonal(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(r, log_decay, k, v, u, state)
-        grid = ChunkGrid(*v.shape, length)
+        dtype = compute_dtype(r, w, k, v, u, state)
+        grid = ChunkGrid.of(v, length)
         chunks, groups, size = grid.chunks, grid.groups, grid.size
-        G = chunks * groups
-        levels = _block_decays(grid, log_decay, dtype)
-        rc, kc, vc = (grid.load(x, dtype) for x in (r, k, v))
-        A = grid.empty(length, length, like=v, dtype=dtype).zero_()
-        bonus = u.to(dtype)[:, None, :]
-        A.diagonal(dim1=-2, dim2=-1).copy_((rc * kc * bonus).sum(-1))
-        half = 1
-        for decay in levels[:-1]:
-            before, after = _halves(decay)
-            k_first, r_second = _pairs(kc, half)[0], _pairs(rc, half)[1]
-            rect = torch.bmm(_flat(r_second), _flat(k_first).mT)
-            _rectangles(A, half).copy_(rect.view(*r_second.shape[:-1], half))
-            r_second.mul_(before[..., None, :])
-            k_first.mul_(after[..., None, :])
-            half *= 2
-        whole = levels[-1]
-        S = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
-        S[0] = 0 if state is None else state.reshape(groups, size, size)
-        torch.bmm(vc.view(G, length, size).mT, kc.view(G, length, size), out=S[1:].view(G, size, size))
-        across = whole.expand(chunks, grid.batch, grid.heads, 1, size).reshape(chunks, groups, 1, size)
-        for i in range(chunks):
-            S[i + 1].addcmul_(S[i], across[i])
-        y = torch.bmm(A.view(G, length, length), vc.view(G, length, size))
-        y.baddbmm_(rc.view(G, length, size), S[:-1].view(G, size, size).mT)
-        ctx.save_for_backward(r, log_decay, k, v, u, A, S)
-        ctx.grid, ctx.has_state = grid, state is not None
+        strength, table = _decay_table(grid, w, dtype)
+        factors = _Factors.of(table, length)
+        p = grid.empty(length // TILE, TILE, size, like=v, dtype=dtype)
+        q = torch.empty_like(p)
+        torch.mul(grid.view(r).unflatten(3, (-1, TILE)), factors.tile[..., :-1, :], out=p)
+        torch.div(grid.view(k).unflatten(3, (-1, TILE)), factors.tile[..., 1:, :], out=q)
+        z = grid.load(v, dtype).flatten(0, 2)
+
+        A = torch.bmm(p.view_as(z), q.view_as(z).mT)
+        # what two tiles far apart give here may be infinite, or infinite minus infinite
+        A.masked_fill_(~_in_tiles(length, v.device), 0)
+        for level, factor in enumerate(factors.across):
+            block = _rectangles(A, TILE * 2**level)
+            read = torch.bmm(_second_halves(p, factor, level), _first_halves(q, factor, level).mT)
+            block.copy_(read.view(block.shape))
+        bonus = u.to(dtype).expand(chunks, grid.batch, -1, -1).reshape(-1, size, 1)
+        products = _products(grid, r, k, dtype).view_as(z)
+        A.diagonal(dim1=1, dim2=2).copy_(torch.bmm(products, bonus).squeeze(2))
+
+        states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
+        states[0] = 0 if state is None else state.reshape(groups, size, size)
+        torch.bmm(z.mT, _scaled(q, factors.to_end), out=states[1:].view(-1, size, size))
+        whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
+        for i in range(1 if state is None else 0, chunks):
+            states[i + 1].addcmul_(states[i], whole[i])
+        y = torch.bmm(A, z)
+        y.baddbmm_(_scaled(p, factors.from_start), states[:-1].view(-1, size, size).mT)
+
+        ctx.save_for_backward(r, w, k, u, strength, table, p, q, z, A, states)
+        ctx.grid, ctx.has_state, ctx.value_dtype = grid, state is not None, v.dtype
         ctx.set_materialize_grads(False)
-        return grid.store(y, v.dtype), S[-1].view(grid.batch, grid.heads, size, size).clone()
+        return grid.store(y, v.dtype), states[-1].view(grid.batch, grid.heads, size, size).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        r, log_decay, k, v, u, A, S = ctx.saved_tensors
+        r, w, k, u, strength, table, p, q, z, A, states = ctx.saved_tensors
         grid: ChunkGrid = ctx.grid
         chunks, groups, length, size = grid.chunks, grid.groups, grid.length, grid.size
-        G = chunks * groups
-        dtype = S.dtype
-        levels = _block_decays(grid, log_decay, dtype)
-        rc, kc, vc = (grid.load(x, dtype) for x in (r, k, v))
-        dyc = torch.zeros_like(vc) if dy is None else grid.load(dy, dtype)
-        kept, half = [], 1
-        for decay in levels[:-1]:
-            before, after = _halves(decay)
-            k_first, r_second = _pairs(kc, half)[0], _pairs(rc, half)[1]
-            kept.append((k_first.clone(), r_second.clone()))
-            r_second.mul_(before[..., None, :])
-            k_first.mul_(after[..., None, :])
-            half *= 2
-        rf, kf, vf, df = (x.view(G, length, size) for x in (rc, kc, vc, dyc))
-        grads = S.new_empty(chunks + 1, groups, size, size)
+        factors = _Factors.of(table, length)
+        d = torch.zeros_like(z) if dy is None else grid.load(dy, z.dtype).view_as(z)
+
+        grads = torch.empty_like(states)
         grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
-        torch.bmm(df.mT, rf, out=grads[:-1].view(G, size, size))
-        across = levels[-1].expand(chunks, grid.batch, grid.heads, 1, size).reshape(chunks, groups, 1, size)
+        torch.bmm(d.mT, _scaled(p, factors.from_start), out=grads[:-1].view(-1, size, size))
+        whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
         for i in reversed(range(chunks)):
-            grads[i].addcmul_(grads[i + 1], across[i])
-        Sf, Hf = S[:-1].view(G, size, size), grads[1:].view(G, size, size)
-        colsum = (Sf * Hf).sum(1).view(chunks, grid.batch, grid.heads, 1, size)
-        dlog = colsum * levels[-1]
-        dA = torch.bmm(df, vf.mT)
-        dv = torch.bmm(A.view(G, length, length).mT, df).baddbmm_(kf, Hf.mT)
-        dr = torch.bmm(df, Sf).view(rc.shape)
-        dk = torch.bmm(vf, Hf).view(rc.shape)
-        dA = dA.view(A.shape)
-        static = log_decay.dim() == 2
-        if static:
-            dlog = length * dlog.sum((0, 1))
-        for (k_first, r_second), decay in zip(reversed(kept), reversed(levels[:-1]), strict=True):
-            half //= 2
-            before, after = _halves(decay)
-            dk_first, dr_second = _pairs(dk, half)[0], _pairs(dr, half)[1]
-            rect = _flat(_rectangles(dA, half).contiguous())
-            dr_second.mul_(before[..., None, :])
-            dk_first.mul_(after[..., None, :])
-            from_r, from_k = (dr_second * r_second).sum(-2), (dk_first * k_first).sum(-2)
-            _flat(dr_second).baddbmm_(rect, _flat(k_first))
-            _flat(dk_first).baddbmm_(rect.mT, _flat(r_second))
-            if static:
-                dlog += half * (from_r + from_k).sum((0, 1, 3), keepdim=False)[:, None, :]
-            else:
-                dlog = torch.stack([dlog + from_r, dlog + from_k], -2).flatten(-3, -2)
-        dlog = dlog[:, 0] if static else grid.store(dlog, log_decay.dtype)
-        bonus = u.to(dtype)[:, None, :]
-        q = dA.diagonal(dim1=-2, dim2=-1)[..., None]
-        rr, kk = grid.load(r, dtype), grid.load(k, dtype)
-        du = (q * rr * kk).sum((0, 1, 3))
-        dr += q * (kk * bonus)
-        dk += q * (rr * bonus)
+            grads[i].addcmul_(grads[i + 1], whole[i])
         dstate = grads[0].view(grid.batch, grid.heads, size, size) if ctx.has_state else None
-        return grid.store(dr, r.dtype), dlog, grid.store(dk, k.dtype), grid.store(dv, v.dtype), du, dstate, None
+        if not any(ctx.needs_input_grad[:5]):
+            return None, None, None, None, None, dstate, None
+
+        starts, ends = states[:-1].view(-1, size, size), grads[1:].view(-1, size, size)
+        dv = torch.bmm(A.mT, d).baddbmm_(_scaled(q, factors.to_end), ends.mT)
+        dA = torch.bmm(d, z.mT)
+        current, previous = dA.diagonal(dim1=1, dim2=2).clone(), dA.diagonal(-1, dim1=1, dim2=2).clone()
+        # a token reads its neighbour undecayed: next to a strong decay's gradient these pairs would leave only rounding
+        dA.diagonal(-1, dim1=1, dim2=2).zero_()
+        dp, dq = _readers_grad(dA, q, factors.across), _writers_grad(dA, p, factors.across)
+        dp_state = torch.bmm(d, starts).view(p.shape).mul_(factors.from_start)
+        dq_state = torch.bmm(z, ends).view(p.shape).mul_(factors.to_end)
+        edges = torch.mul(starts, ends).sum(1).view(chunks, grid.batch, grid.heads, 1, size).mul_(factors.whole)
+        if w.dim() == 2:
+            token = torch.arange(length, device=z.device)
+            inside = _readers_grad(dA * (token[:, None] - token - 1).clamp(min=0), q, factors.across)
+            dw = _constant_decay_grad(strength, (p, q), (dp_state, dq_state), edges, inside)
+        else:
+            edges -= torch.mul(q, dq).sum((3, 4)).unsqueeze(3)
+        dp += dp_state
+        dq += dq_state
+        if w.dim() == 4:
+            dw = _decay_grad(grid, strength, (p, q), (dp, dq), edges, w.dtype)
+
+        row = (chunks, grid.batch, grid.heads, -1, 1)
+        current, previous, bonus = current.view(row), previous.view(row), u.to(z.dtype)[:, None, :]
+        du = _products(grid, r, k, z.dtype).mul_(current).sum((0, 1, 3))
+        dr = _received(grid.view(k), current, previous, bonus, (1, 0)).view(p.shape)
+        dr = grid.store(dr.addcmul_(dp, factors.tile[..., :-1, :]), r.dtype)
+        dk = _received(grid.view(r), current, previous, bonus, (0, 1)).view(p.shape)
+        dk = grid.store(dk.addcdiv_(dq, factors.tile[..., 1:, :]), k.dtype)
+        return dr, dw, dk, grid.store(dv, ctx.value_dtype), du, dstate, None
+
+
+def _products(grid: ChunkGrid, r: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+    """r ⊙ k, chunked (n, B, H, L, N)."""
+    room = grid.empty(grid.length, grid.size, like=r, dtype=dtype)
+    return torch.mul(grid.view(r).to(dtype), grid.view(k), out=room)
+
+
+def _received(partner: Tensor, current: Tensor, previous: Tensor, bonus: Tensor, shift: tuple[int, int]) -> Tensor:
+    """Gradient of r, or k, through the bonus and the undecayed neighbour; ``partner`` is k, or r, (n, B, H, L, N).
+
+    Args:
+        current, previous: gradient of what a token reads of itself (.., L, 1) and of its neighbour (.., L - 1, 1).
+        bonus: u, (H, 1, N).
+        shift: the first token that has a neighbour, and that neighbour.
+    """
+    direct = torch.mul(current, partner, out=current.new_empty(partner.shape)).mul_(bonus)
+    pairs = previous.shape[-2]
+    here, there = (slice(start, start + pairs) for start in shift)
+    direct[..., here, :].addcmul_(previous, partner[..., there, :])
+    return direct
+
+
+def _second_halves(p: Tensor, factor: Tensor, level: int) -> Tensor:
+    """P of second halves relative to the border before them, (blocks, half, N)."""
+    return torch.mul(_halves(p, level)[1], _halves(factor, level)[1]).view(-1, TILE * 2**level, p.shape[-1])
+
+
+def _first_halves(q: Tensor, factor: Tensor, level: int) -> Tensor:
+    """Q of first halves relative to the border behind them, (blocks, half, N)."""
+    return torch.mul(_halves(q, level)[0], _halves(factor, level)[0]).view(-1, TILE * 2**level, q.shape[-1])
+
+
+def _readers_grad(dA: Tensor, q: Tensor, across: list[Tensor]) -> Tensor:
+    """Gradient of P through A (n·G, L, L), shaped as Q (n, B, H, m, TILE, N)."""
+    length, size = dA.shape[-1], q.shape[-1]
+    own = dA.masked_fill(~_in_tiles(length, dA.device), 0)
+    grad = torch.bmm(own, q.view(-1, length, size)).view(q.shape)
+    for level, factor in enumerate(across):
+        block = _rectangles(dA, TILE * 2**level).flatten(0, 1)
+        second = _halves(grad, level)[1]
+        read = torch.bmm(block, _first_halves(q, factor, level)).view(second.shape)
+        second.addcmul_(read, _halves(factor, level)[1])
+    return grad
+
+
+def _writers_grad(dA: Tensor, p: Tensor, across: list[Tensor]) -> Tensor:
+    """Gradient of Q through A (n·G, L, L), shaped as P (n, B, H, m, TILE, N)."""
+    length, size = dA.shape[-1], p.shape[-1]
+    own = dA.masked_fill(~_in_tiles(length, dA.device), 0)
+    grad = torch.bmm(own.mT, p.view(-1, length, size)).view(p.shape)
+    for level, factor in enumerate(across):
+        block = _rectangles(dA, TILE * 2**level).flatten(0, 1)
+        first = _halves(grad, level)[0]
+        written = torch.bmm(block.mT, _second_halves(p, factor, level)).view(first.shape)
+        first.addcmul_(written, _halves(factor, level)[0])
+    return grad
+
+
+def _decay_grad(
+    grid: ChunkGrid,
+    strength: Tensor,
+    operands: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    edges: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of ``w`` (B, T, H, N), from those of P and Q (n, B, H, m, TILE, N) without neighbours.
+
+    ``edges`` (n, B, H, 1, N) is what passes the whole chunk less what stays inside it: dℓ_t sums the pairs t lies
+    between, which are those whose reader is later plus those whose writer is earlier less, inside the chunk, all.
+    """
+    later = torch.ones(grid.length, grid.length, dtype=edges.dtype, device=edges.device).triu(1)
+    weights = torch.cat([later, later.mT], 1).expand(grid.matrices, -1, -1)
+    dlog = torch.bmm(weights, _pairs(operands, grads)).view(strength.shape)
+    return grid.store(dlog.add_(edges).mul_(_slope(strength)).neg_(), dtype)
+
+
+def _constant_decay_grad(
+    strength: Tensor, operands: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor], across: Tensor, inside: Tensor
+) -> Tensor:
+    """Gradient of ``w`` (H, N), from those of P and Q (n, B, H, m, TILE, N) through the states alone.
+
+    Args:
+        across: what passes the whole chunk, (n, B, H, 1, N).
+        inside: gradient of P through A with every entry times the decays it holds, (n, B, H, m, TILE, N).
+    """
+    length = strength.shape[-2]
+    token = torch.arange(length, device=strength.device, dtype=inside.dtype)
+    passed = torch.cat([token, length - 1 - token]).expand(inside.shape[:3].numel(), 1, -1)
+    dlog = torch.bmm(passed, _pairs(operands, grads)).view(across.shape).add_(across, alpha=length)
+    dlog += torch.mul(operands[0], inside).sum((3, 4)).unsqueeze(3)
+    return -(dlog.sum((0, 1)) * _slope(strength)[0, 0, :, :1])[:, 0]
+
+
+def _pairs(operands: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor]) -> Tensor:
+    """P ⊙ dP over Q ⊙ dQ, (n·G, 2L, N)."""
+    first = operands[0]
+    pairs = first.new_empty(*first.shape[:3], 2, *first.shape[3:])
+    for part, operand, grad in zip(pairs.unbind(3), operands, grads, strict=True):
+        torch.mul(operand, grad, out=part)
+    return pairs.flatten(3, 5).flatten(0, 2)
+
+
+def _slope(strength: Tensor) -> Tensor:
+    """-dℓ/dw, less where ℓ was limited: every pair such a decay lies between holds e^-limit in its place."""
+    return torch.rsub(strength, LIMITS[strength.dtype]).clamp_(max=0).exp_().mul_(strength)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from rwkvpeft.ops.contract import Backend, Supports, check_operands, compute_dtype
-from rwkvpeft.ops.diagonal import CHUNK, read_chunks, read_one_token
+from rwkvpeft.ops.contract import Backend, Supports, check_operands, wants_grad
+from rwkvpeft.ops.diagonal import read_chunks, read_one_token
 
 
 def wkv5(
@@ -14,14 +13,9 @@ def wkv5(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in chunks; arguments as ``rwkvpeft.ops.wkv5``."""
     check_operands("wkv5", {"r": r, "k": k, "v": v}, {"w": w, "u": u}, state)
-    log_decay = -torch.exp(w.to(compute_dtype(r, w, k, v, u, state)))
-    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, w, k, v, u, state))
-    if not wants_grad and v.shape[1] == 1:
-        return read_one_token(r, log_decay, k, v, u, state)
-    if v.shape[1] % CHUNK or v.shape[1] == 0:
-        # the filling of the last chunk must not decay the state, so there the decay does change
-        log_decay = log_decay.expand(v.shape)
-    return read_chunks(r, log_decay, k, v, u, state)
+    alone = v.shape[1] == 1 and not wants_grad(r, w, k, v, u, state)
+    read = read_one_token if alone else read_chunks
+    return read(r, w, k, v, u, state)
 
 
 BACKEND = Backend("torch", "chunked matrix products", wkv5, Supports())

@@ -14,8 +14,7 @@ anchor g = c at the chunk's middle:
 S is kept multiplied by e^g of its chunk, which makes every factor of the chunk a factor of P or Q. A log decay is in
 (-0.607, 0), so the largest factor is e^(0.607 (L/2 + 1)): 3e4 for L = 32.
 
-Source: the WY form of "RWKV-7 Goose" (arXiv 2503.14456), appendix on parallel training; the inverse by block
-elimination is from Higham, "Accuracy and Stability of Numerical Algorithms", chapter 14.
+Source: the WY form of "RWKV-7 Goose" (arXiv 2503.14456), appendix on parallel training.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.chunks import ChunkGrid
-from rwkvpeft.ops.contract import Backend, Supports, check_operands, compute_dtype
+from rwkvpeft.ops.contract import Backend, Supports, check_operands, compute_dtype, wants_grad
 
 CHUNK = 32
 STRONGEST = -math.exp(-0.5)
@@ -40,15 +39,11 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in chunks; arguments as ``rwkvpeft.ops.wkv7``."""
     check_operands("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, {}, state)
-    if v.shape[1] == 1 and not (torch.is_grad_enabled() and _any_grad(r, w, k, v, a, b, state)):
+    if v.shape[1] == 1 and not wants_grad(r, w, k, v, a, b, state):
         return _one_token(r, w, k, v, a, b, state)
     if state is not None:
         state = state.to(compute_dtype(r, w, k, v, a, b, state))
     return _Wkv7.apply(r, w, k, v, a, b, state, CHUNK)
-
-
-def _any_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _one_token(
@@ -83,8 +78,7 @@ def _causal(length: int, like: Tensor) -> Tensor:
 
 def _decay_factors(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> Tensor:
     """e^(c_(t-1) - g) for t = 0..L of every chunk, (n, B, H, L + 1, N)."""
-    gate = grid.empty(grid.length, grid.size, like=w, dtype=dtype)
-    torch.sigmoid(grid.view(w).to(dtype), out=gate)
+    gate = grid.load(w, dtype).sigmoid_()
     if grid.filling:
         gate[-1, ..., grid.length - grid.filling :, :] = 0
     sums = _anchored_sums(grid.length, gate).expand(grid.matrices, -1, -1)
@@ -98,7 +92,7 @@ class _Wkv7(torch.autograd.Function):
         ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(r, w, k, v, a, b, state)
-        grid = ChunkGrid(*v.shape, length)
+        grid = ChunkGrid.of(v, length)
         chunks, groups, size = grid.chunks, grid.groups, grid.size
         factors = _decay_factors(grid, w, dtype)
         before, after = factors[..., :-1, :], factors[..., 1:, :]
@@ -173,7 +167,10 @@ class _Wkv7(torch.autograd.Function):
             grads[i].baddbmm_(ends[i], across[i])
         dstate = None
         if ctx.has_state:
-            dstate = (grads[0] / factors[0, ..., 0, :].reshape(groups, 1, size)).view(grid.batch, grid.heads, size, size)
+            dstate = grads[0] / factors[0, ..., 0, :].reshape(groups, 1, size)
+            dstate = dstate.view(grid.batch, grid.heads, size, size)
+        if not any(ctx.needs_input_grad[:6]):
+            return None, None, None, None, None, None, dstate, None
 
         starts, ends = states[:-1].view(-1, size, size), ends.view(-1, size, size)
         du.baddbmm_(q[:, length:], ends.mT)
@@ -196,14 +193,15 @@ class _Wkv7(torch.autograd.Function):
         # sigmoid(x) sigmoid(-x) by the smaller of the two, since 1 - sigmoid(x) loses every digit for a large x
         torch.copysign(grid.view(w).to(dlog.dtype), -1.0, out=small).sigmoid_()
         dlog = torch.ops.aten.sigmoid_backward(dlog, small).mul_(STRONGEST)
-        dr, dk, dv, da, db = (grid.room(p, dtype) for dtype in ctx.dtypes)
-        torch.mul(dp[..., 0, :, :], after, out=dr[1])
-        torch.mul(dp[..., 1, :, :], before, out=da[1])
-        torch.div(dq[..., 0, :, :], after, out=dk[1])
-        torch.div(dq[..., 1, :, :], after, out=db[1])
-        dv[1].copy_(dvc.view(dlog.shape))
+        rooms = [grid.room(p, dtype) for dtype in ctx.dtypes]
+        (_, dr), (_, dk), (_, dv), (_, da), (_, db) = rooms
+        torch.mul(dp[..., 0, :, :], after, out=dr)
+        torch.mul(dp[..., 1, :, :], before, out=da)
+        torch.div(dq[..., 0, :, :], after, out=dk)
+        torch.div(dq[..., 1, :, :], after, out=db)
+        dv.copy_(dvc.view(dlog.shape))
         dw = grid.store(dlog, w.dtype)
-        dr, dk, dv, da, db = (grid.trimmed(whole) for whole, _ in (dr, dk, dv, da, db))
+        dr, dk, dv, da, db = (grid.trimmed(whole) for whole, _ in rooms)
         return dr, dw, dk, dv, da, db, dstate, None
 
 
