@@ -14,7 +14,6 @@ All but the first are P or Q times one number per tile and channel. Nothing over
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,21 +63,20 @@ def read_one_token(
     return read.to(v.dtype)[:, None], memory
 
 
-@functools.cache
-def _borders(length: int) -> list[tuple[int, int]]:
-    """Pairs (p, q) of every factor e^(E(p) - E(q)) a chunk needs, in the order ``_Factors`` reads them."""
-    starts = range(0, length, TILE)
-    middles = [start + TILE // 2 for start in starts]
-    pairs = [(start + t, start + TILE // 2) for start in starts for t in range(TILE + 1)]
-    pairs += [(middle, 0) for middle in middles]
-    pairs += [(length, middle) for middle in middles]
+def _borders(length: int, device: torch.device) -> Tensor:
+    """Pairs (p, q) of every factor e^(E(p) - E(q)) a chunk needs, (factors, 2), in the order of ``_Factors``."""
+    starts = torch.arange(0, length, TILE, device=device)[:, None]
+    middles = starts + TILE // 2
+    tokens = starts + torch.arange(TILE + 1, device=device)
+    first, last = torch.zeros_like(middles), torch.full_like(middles, length)
+    pairs = [(tokens, middles.expand_as(tokens)), (middles, first), (last, middles)]
     half = TILE
     while half < length:
-        for middle in middles:
-            border = middle // (2 * half) * 2 * half + half
-            pairs.append((middle, border) if middle >= border else (border, middle))
+        border = middles // (2 * half) * (2 * half) + half
+        pairs.append((torch.maximum(middles, border), torch.minimum(middles, border)))
         half *= 2
-    return [*pairs, (length, 0)]
+    pairs.append((last[:1], first[:1]))
+    return torch.cat([torch.stack([p.flatten(), q.flatten()], 1) for p, q in pairs])
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _decay_table(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> tuple[Tensor
     strength.clamp_(max=5 * LIMITS[dtype])
     if grid.filling:
         strength[-1, ..., grid.length - grid.filling :, :] = 0
-    ends = torch.tensor(_borders(grid.length), device=w.device)
+    ends = _borders(grid.length, w.device)
     token = torch.arange(grid.length, device=w.device)
     sums = (token < ends[:, 1:]).to(dtype) - (token < ends[:, :1]).to(dtype)
     flat = strength.clamp(max=LIMITS[dtype]).flatten(0, 2)

@@ -137,7 +137,7 @@ class _Wkv7(torch.autograd.Function):
 
         ctx.save_for_backward(w, factors, edge, p, q, z, A, inverse, W, states)
         ctx.grid, ctx.has_state = grid, state is not None
-        ctx.dtypes = [x.dtype for x in (r, k, v, a, b)]
+        ctx.dtypes = [x.dtype for x in (r, w, k, v, a, b)]
         ctx.set_materialize_grads(False)
         return grid.store(y, v.dtype), states[-1].view(grid.batch, grid.heads, size, size).clone()
 
@@ -189,20 +189,18 @@ class _Wkv7(torch.autograd.Function):
 
         before, after = factors[..., :-1, :], factors[..., 1:, :]
         dp, dq = (x.view(*factors.shape[:3], 2, length, size) for x in (dp, dq))
-        small = torch.empty_like(dlog)
         # sigmoid(x) sigmoid(-x) by the smaller of the two, since 1 - sigmoid(x) loses every digit for a large x
-        torch.copysign(grid.view(w).to(dlog.dtype), -1.0, out=small).sigmoid_()
-        dlog = torch.ops.aten.sigmoid_backward(dlog, small).mul_(STRONGEST)
+        slope = torch.copysign(grid.load(w, dlog.dtype), -1.0).sigmoid_()
+        slope = torch.addcmul(slope, slope, slope, value=-1).mul_(STRONGEST)
         rooms = [grid.room(p, dtype) for dtype in ctx.dtypes]
-        (_, dr), (_, dk), (_, dv), (_, da), (_, db) = rooms
+        (_, dr), (_, dw), (_, dk), (_, dv), (_, da), (_, db) = rooms
         torch.mul(dp[..., 0, :, :], after, out=dr)
         torch.mul(dp[..., 1, :, :], before, out=da)
         torch.div(dq[..., 0, :, :], after, out=dk)
         torch.div(dq[..., 1, :, :], after, out=db)
         dv.copy_(dvc.view(dlog.shape))
-        dw = grid.store(dlog, w.dtype)
-        dr, dk, dv, da, db = (grid.trimmed(whole) for whole, _ in rooms)
-        return dr, dw, dk, dv, da, db, dstate, None
+        torch.mul(dlog, slope, out=dw)
+        return *(grid.trimmed(whole) for whole, _ in rooms), dstate, None
 
 
 BACKEND = Backend("torch", "chunked matrix products", wkv7, Supports())
