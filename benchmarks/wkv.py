@@ -22,9 +22,11 @@ from rwkvpeft.registry import BACKENDS
 
 OPERATORS = {"wkv5": wkv5, "wkv6": wkv6, "wkv7": wkv7}
 SQUARE = {"wkv5": 5, "wkv6": 5, "wkv7": 4}
-"""Products of C x C weights in a time mixing; its channel mixing has SQUARE_CHANNEL and two of C x hidden."""
+"""C x C weights of a time mixing."""
 SQUARE_CHANNEL = {"wkv5": 1, "wkv6": 1, "wkv7": 0}
+"""C x C weights of a channel mixing, beside its two of C x hidden."""
 HIDDEN = {"wkv5": 3.5, "wkv6": 3.5, "wkv7": 4}
+"""hidden / C."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def operands(operator: str, shape: tuple[int, int, int, int], device: str, dtype
 def layer_products(
     operator: str, shape: tuple[int, int, int, int], device: str, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
-    """Input (B·T, C) and the weights of one layer's large products; every second of the last two is C x hidden."""
+    """Input (B·T, C) and the weights of one layer's large products, the last two C x hidden."""
     batch, tokens, heads, size = shape
     width, hidden = heads * size, int(HIDDEN[operator] * heads * size)
     squares = SQUARE[operator] + SQUARE_CHANNEL[operator]

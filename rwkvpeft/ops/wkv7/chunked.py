@@ -57,7 +57,7 @@ def _one_token(
         state = state.to(dtype)
         removed = state @ removal[..., None]
         memory = state * torch.exp(STRONGEST * torch.sigmoid(decay_logit))[..., None, :]
-        memory += torch.cat([removed, value[..., None]], -1) @ torch.stack([write, key], -2)
+        memory.addcmul_(removed, write[..., None, :]).addcmul_(value[..., :, None], key[..., None, :])
     return (memory @ receptance[..., None]).to(v.dtype).permute(0, 3, 1, 2), memory
 
 
