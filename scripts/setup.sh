@@ -3,8 +3,8 @@
 #
 #   VENV         the virtual environment's folder; default .venv in the repository
 #   PYTHON       the Python that makes it, 3.10 or newer; default python3
-#   TORCH_INDEX  package index to take PyTorch from; default pip's own. On Linux without an NVIDIA GPU,
-#                https://download.pytorch.org/whl/cpu spares a download of more than two gigabytes
+#   TORCH_INDEX  package index to take PyTorch from; default pip's own. On Linux without an NVIDIA GPU, PyTorch's own
+#                index of CPU builds (its installation page names it) spares a download of more than two gigabytes
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -32,6 +32,8 @@ prepare_environment() {
 # Makes out/data/library.bin and .idx from the shipped conversations, the data that the scripts train on by default.
 prepare_library_data() {
     local ctx_len=$1
+    # the shipped model is so small that a second thread hardly helps, and loses much by waiting on a busy machine
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     mkdir -p out/data
     python make_data.py scripts/data/library.jsonl 1 "$ctx_len" --tokenizer bytes --output out/data/library
 }
