@@ -74,11 +74,15 @@ after=$(heldout_loss "$merged")
 step "6. Questions that were not trained"
 printf '\nheld-out loss  before %s   after %s\n\n' "$before" "$after"
 for number in $questions; do
+    # assigned first: a failure inside printf's arguments would go unseen
     question=$(turn "$number" 0)
+    answer_before=$(answer "$load_model")
+    answer_after=$(answer "$merged")
+    expected=$(turn "$number" 1)
     printf 'question       %s\n' "$question"
-    printf 'before         %s\n' "$(answer "$load_model")"
-    printf 'after          %s\n' "$(answer "$merged")"
-    printf 'expected       %s\n\n' "$(turn "$number" 1)"
+    printf 'before         %s\n' "$answer_before"
+    printf 'after          %s\n' "$answer_after"
+    printf 'expected       %s\n\n' "$expected"
 done
 printf 'Talk to it:    python -m rwkvpeft.generate --model %q --chat --temperature 0\n' "$merged"
 
