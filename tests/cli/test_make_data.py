@@ -177,7 +177,15 @@ def test_a_full_disk_leaves_the_older_pair(folder):
 def test_a_signal_leaves_nothing_behind(folder, number, code):
     write_texts(folder / "in.jsonl", [f"line {i} of many" for i in range(20_000)])
     command = [sys.executable, str(ROOT / "make_data.py"), "in.jsonl", "4000", "8"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts background jobs with SIGINT ignored, and so would everything they start
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(folder.glob(".in.partial*")) and time.monotonic() < deadline:
         time.sleep(0.02)
