@@ -6,12 +6,14 @@ Letters: B batch, T tokens, C channels, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkvpeft.models.initialise import shared_weights
 from rwkvpeft.models.layers import LayerNorm, Linear
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
@@ -71,12 +73,23 @@ class Block(nn.Module):
 class Rwkv(nn.Module):
     """An RWKV language model. Parameter names are those of the official checkpoints (see ``models/names.py``).
 
+    A version says what its blocks are made of: ``time_mix(shape, wkv, head_size_divisor)``, ``channel_mix(shape)``,
+    and its untrained tensors, ``initial_block(shape, layer)``.
+
     ``compute_dtype`` is the dtype of the activations; ``checkpointing`` recomputes each block's activations in the
     backward pass.
     """
 
-    def __init__(self, shape: ModelShape, blocks: list[Block]) -> None:
+    time_mix: ClassVar[type[Any]]
+    channel_mix: ClassVar[type[Any]]
+
+    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
         super().__init__()
+        version = type(self)
+        blocks = [
+            Block(shape, layer, version.time_mix(shape, wkv, head_size_divisor), version.channel_mix(shape))
+            for layer in range(shape.n_layer)
+        ]
         self.shape = shape
         self.compute_dtype = torch.float32
         self.checkpointing = False
@@ -84,6 +97,20 @@ class Rwkv(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Linear(shape.n_embd, shape.vocab_size)
+
+    @staticmethod
+    def initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
+        """Untrained tensors of one block, by their names in it."""
+        raise NotImplementedError
+
+    @classmethod
+    def initial_weights(cls, shape: ModelShape) -> dict[str, Tensor]:
+        """Untrained weights as RWKV-LM's trainer of the version draws them; seeded by torch's generator."""
+        weights = shared_weights(shape)
+        for layer in range(shape.n_layer):
+            block = cls.initial_block(shape, layer)
+            weights |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
+        return weights
 
     def hidden(self, tokens: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """Run all but the head.

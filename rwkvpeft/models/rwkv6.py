@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkvpeft.models.backbone import Block, Rwkv, TimeMixing, Wkv
+from rwkvpeft.models.backbone import Rwkv, TimeMixing, Wkv
 from rwkvpeft.models.channel_mix import GatedChannelMix
-from rwkvpeft.models.initialise import decay_and_bonus, depth_ratios, orthogonal, position, shared_weights
+from rwkvpeft.models.initialise import decay_and_bonus, depth_ratios, orthogonal, position
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
@@ -89,27 +89,6 @@ class ChannelMix(GatedChannelMix):
         return self.time_maa_k, self.time_maa_r
 
 
-class Rwkv6(Rwkv):
-    """RWKV v6."""
-
-    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
-        super().__init__(
-            shape,
-            [
-                Block(shape, layer, TimeMix(shape, wkv, head_size_divisor), ChannelMix(shape))
-                for layer in range(shape.n_layer)
-            ],
-        )
-
-    @staticmethod
-    def initial_weights(shape: ModelShape) -> dict[str, Tensor]:
-        """Untrained weights as RWKV-LM's RWKV-v5 trainer draws them; seeded by torch's generator."""
-        weights = shared_weights(shape)
-        for layer in range(shape.n_layer):
-            weights.update(_initial_block(shape, layer))
-        return weights
-
-
 _SQUARE_GAINS = (("receptance", 1.0), ("value", 1.0), ("gate", 0.1))
 
 
@@ -142,7 +121,14 @@ def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
         "receptance.weight": torch.zeros(channels, channels),
         "value.weight": torch.zeros(channels, shape.dim_ffn),
     }
-    prefix = f"blocks.{layer}"
-    return {f"{prefix}.att.{name}": tensor for name, tensor in att.items()} | {
-        f"{prefix}.ffn.{name}": tensor for name, tensor in ffn.items()
+    return {f"att.{name}": tensor for name, tensor in att.items()} | {
+        f"ffn.{name}": tensor for name, tensor in ffn.items()
     }
+
+
+class Rwkv6(Rwkv):
+    """RWKV v6."""
+
+    time_mix = TimeMix
+    channel_mix = ChannelMix
+    initial_block = staticmethod(_initial_block)

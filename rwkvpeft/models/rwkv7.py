@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkvpeft.models.backbone import Block, Rwkv, TimeMixing, Wkv
-from rwkvpeft.models.initialise import depth_ratios, orthogonal, position, shared_weights
+from rwkvpeft.models.backbone import Rwkv, TimeMixing, Wkv
+from rwkvpeft.models.initialise import depth_ratios, orthogonal, position
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
@@ -105,30 +105,6 @@ class ChannelMix(nn.Module):
         return self.value(F.relu(self.key(x_k)).square()), last_token(x, last)
 
 
-class Rwkv7(Rwkv):
-    """RWKV v7."""
-
-    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
-        super().__init__(
-            shape,
-            [
-                Block(shape, layer, TimeMix(shape, wkv, head_size_divisor), ChannelMix(shape))
-                for layer in range(shape.n_layer)
-            ],
-        )
-        # block 0 has no earlier value to take from: official files carry its v0, v1, v2, and nothing reads them
-        for name in ("v0", "v1", "v2"):
-            getattr(self.blocks[0].att, name).requires_grad_(False)
-
-    @staticmethod
-    def initial_weights(shape: ModelShape) -> dict[str, Tensor]:
-        """Untrained weights as RWKV-LM's RWKV-v7/train_temp draws them; seeded by torch's generator."""
-        weights = shared_weights(shape)
-        for layer in range(shape.n_layer):
-            weights.update(_initial_block(shape, layer))
-        return weights
-
-
 def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
     width, size = shape.dim_att, shape.head_size
     rising, falling = depth_ratios(layer, shape.n_layer)
@@ -163,7 +139,20 @@ def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
         "key.weight": orthogonal(shape.dim_ffn, shape.n_embd, 1.0),
         "value.weight": torch.zeros(shape.n_embd, shape.dim_ffn),
     }
-    prefix = f"blocks.{layer}"
-    return {f"{prefix}.att.{name}": tensor for name, tensor in att.items()} | {
-        f"{prefix}.ffn.{name}": tensor for name, tensor in ffn.items()
+    return {f"att.{name}": tensor for name, tensor in att.items()} | {
+        f"ffn.{name}": tensor for name, tensor in ffn.items()
     }
+
+
+class Rwkv7(Rwkv):
+    """RWKV v7."""
+
+    time_mix = TimeMix
+    channel_mix = ChannelMix
+    initial_block = staticmethod(_initial_block)
+
+    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
+        super().__init__(shape, wkv, head_size_divisor=head_size_divisor)
+        # block 0 has no earlier value to take from: official files carry its v0, v1, v2, and nothing reads them
+        for name in ("v0", "v1", "v2"):
+            self.get_parameter(f"blocks.0.att.{name}").requires_grad_(False)
