@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -107,12 +106,6 @@ def _strategy(runtime: RuntimeConfig) -> Any:
 
 
 def _refuse(name: str) -> None:
-    if name in _DEEPSPEED and find_spec("deepspeed") is None:
-        raise UserError(
-            f"--strategy {name} needs the package deepspeed",
-            expected=_WORKING,
-            fix="pip install 'rwkvpeft[deepspeed]', or --strategy auto",
-        )
     if name in _DEEPSPEED or name == "fsdp":
         raise UserError(f"--strategy {name} is not built yet", expected=_WORKING, fix="--strategy auto")
     raise UserError("--strategy is unknown", found=name, expected=[*_WORKING, "fsdp", *_DEEPSPEED])

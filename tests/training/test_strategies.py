@@ -30,13 +30,6 @@ def test_what_is_not_built_yet_is_refused_with_what_works(strategy):
     assert "ddp" in caught.value.expected
 
 
-def test_deepspeed_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr("rwkvpeft.training.strategies.find_spec", lambda name: None)
-    with pytest.raises(UserError) as caught:
-        trainer_arguments(runtime(strategy="deepspeed_stage_2"))
-    assert "rwkvpeft[deepspeed]" in caught.value.fix
-
-
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_an_error_and_auto_takes_the_cpu():
     with pytest.raises(UserError, match="no GPU"):
