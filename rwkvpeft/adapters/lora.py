@@ -1,174 +1,150 @@
-"""Low-rank adaptation: a frozen linear plus the product of two thin trained matrices.
+"""Low-rank adaptation: a frozen linear plus the product of two thin trained matrices; and DoRA on top of it.
 
-Source: Hu et al., LoRA (arXiv 2106.09685). Names in files as RWKV-PEFT writes them: ``...key.lora_A`` (r, in) and
-``...key.lora_B`` (out, r).
+Source: Hu et al., LoRA (arXiv 2106.09685); Kalajdzievski, rsLoRA (arXiv 2312.03732); Liu et al., DoRA
+(arXiv 2402.09353). Names in files as RWKV-PEFT writes them: ``...key.lora_A`` (r, in) and ``...key.lora_B`` (out, r);
+DoRA adds ``...key.lora_magnitude_vector`` (out,), Hugging Face peft's name (RWKV-LM-RLHF calls it lora_M).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkvpeft.adapters.base import Adapter, few, replace_module
-from rwkvpeft.config.flags import flag
-from rwkvpeft.errors import UserError
+from rwkvpeft.adapters.linear import AdaptedLinear, LinearAdapter
+from rwkvpeft.adapters.settings import LoraConfig
+from rwkvpeft.adapters.targets import device_of
 
-DEFAULT_TARGETS = ("receptance", "key", "value", "output", "gate")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Settings of LoRA. Raises UserError for a value out of range."""
-
-    r: int = flag(8, help="rank of the update")
-    lora_alpha: float = flag(32, help="the update is scaled by lora_alpha / r", alias="alpha")
-    lora_dropout: float = flag(0.01, help="dropout of the update's input", alias="dropout")
-    target_modules: list[str] | None = flag(
-        None, help="linears to adapt by the end of their path, as key, att.key or blocks.0.att.key; "
-        "none given: receptance, key, value, output and gate of att and ffn",
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise UserError("LoRA's r cannot be used", found=self.r, expected="a whole number from 1")
-        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
-            raise UserError("LoRA's lora_alpha cannot be used", found=self.lora_alpha, expected="a number above 0")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise UserError("LoRA's lora_dropout cannot be used", found=self.lora_dropout, expected="0 up to below 1")
-        targets = self.target_modules
-        if isinstance(targets, str):
-            object.__setattr__(self, "target_modules", [part.strip() for part in targets.split(",")])
-        elif targets is not None and not all(isinstance(target, str) for target in targets):
-            raise UserError("LoRA's target_modules cannot be used", found=targets, expected="a list of names")
-
-    @property
-    def scaling(self) -> float:
-        """What the product of the two matrices is multiplied by."""
-        return self.lora_alpha / self.r
+_ROWS = 1024
+# a row of zeros has no direction: it stays a row of zeros instead of turning into NaN
+_SHORTEST = 1e-12
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class LoraLinear(nn.Module):
+class LoraLinear(AdaptedLinear):
     """``base(x) + scaling * (dropout(x) A^T) B^T``; equal to the base at first, B being zero.
 
     Args:
-        base: a frozen linear from ``in_features`` to ``out_features``, of any storage format.
-        config: rank, scaling and dropout.
+        base: the frozen linear.
+        rank: r.
+        scaling: factor on the product.
+        dropout: of the update's input.
     """
 
-    def __init__(self, base: nn.Module, in_features: int, out_features: int, config: LoraConfig) -> None:
-        super().__init__()
-        device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
-        self.base = base
-        self.scaling = config.scaling
-        self.dropout = float(config.lora_dropout)
-        self.enabled = True
-        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, device=device, dtype=torch.float32))
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(base)
+        device = device_of(base)
+        self.scaling = scaling
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in) to (..., out) in the dtype of x."""
-        y = self.base(x)
-        if not self.enabled:
-            return cast(Tensor, y)
+    def adapted(self, x: Tensor) -> Tensor:
+        """Base and update."""
+        return cast(Tensor, self.base(x) + self.update(x))
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the two matrices add."""
         thin = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return cast(Tensor, y + F.linear(thin * self.scaling, self.lora_B.to(x.dtype)))
+        return F.linear(thin * self.scaling, self.lora_B.to(x.dtype))
 
 
-class LoraAdapter(Adapter):
+class LoraAdapter(LinearAdapter):
     """LoRA on the large linears of the blocks."""
 
     name: ClassVar[str] = "lora"
     Config = LoraConfig
     aliases: ClassVar[Mapping[str, str]] = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    parts_of_linear: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     config: LoraConfig
 
-    def _insert(self, model: nn.Module) -> None:
-        for path in self._targets(model):
-            base = model.get_submodule(path)
-            out_features, in_features = _linear_shape(base) or (0, 0)
-            replace_module(model, path, LoraLinear(base, in_features, out_features, self.config))
+    def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
+        """See ``LinearAdapter.make_layer``."""
+        config = self.config
+        return LoraLinear(base, config.r, config.scaling(config.r), float(config.lora_dropout))
 
-    def _targets(self, model: nn.Module) -> list[str]:
-        linears = [
-            path for path, module in model.named_modules() if path.startswith("blocks.") and _linear_shape(module)
-        ]
-        wanted = self.config.target_modules
-        chosen = [path for path in linears if any(_ends_with(path, target) for target in wanted or DEFAULT_TARGETS)]
-        unmatched = [target for target in wanted or () if not any(_ends_with(path, target) for path in linears)]
-        if unmatched or not chosen:
-            offered = sorted({".".join(path.split(".")[2:]) for path in linears})
-            raise UserError("target_modules names no linear of this model", found=few(unmatched), expected=offered)
-        return chosen
+    @classmethod
+    def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Two thin matrices and nothing that belongs to DoRA or PiSSA."""
+        endings = {name.rpartition(".")[2] for name in tensors}
+        return "lora_A" in endings and not endings & {"lora_magnitude_vector", "lora_M", "init_lora_A"}
 
-    def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """``<path>.lora_A`` and ``<path>.lora_B`` of every adapted linear."""
+    def expected_shapes(self, out: int, in_: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """See ``LinearAdapter.expected_shapes``."""
+        rank = tensors["lora_A"].shape[0]
+        return {"lora_A": (rank, in_), "lora_B": (out, rank)}
+
+    def merged_weight(self, path: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``W + scaling * B A``. The rank is the file's own."""
+        lora_a, lora_b = tensors["lora_A"], tensors["lora_B"]
+        return (lora_b @ lora_a).mul_(self.config.scaling(lora_a.shape[0])).add_(base)
+
+
+class DoraLinear(LoraLinear):
+    """Each row of ``W + scaling * B A`` brought to a trained length: ``m_o * V_o x / |V_o|``.
+
+    The lengths |V_o| are constants to the gradient (section 4.3 of the paper).
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(base, rank, scaling, dropout)
+        self.lora_magnitude_vector = nn.Parameter(self._lengths())
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """Base and update, each output channel scaled."""
+        scale = self.lora_magnitude_vector / self._lengths()
+        return cast(Tensor, (self.base(x) + self.update(x)) * scale.to(x.dtype))
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        weight = self.base.dequantized()  # type: ignore[operator]
+        return row_lengths(weight, self.lora_A, self.lora_B, self.scaling)
+
+
+def row_lengths(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """Length of each row of ``weight + scaling * B A``, fp32 (out,), never zero; a few rows at a time."""
+    lengths = [
+        torch.linalg.vector_norm(torch.addmm(rows.float(), thin, lora_a, alpha=scaling), dim=1)
+        for rows, thin in zip(weight.split(_ROWS), lora_b.split(_ROWS), strict=True)
+    ]
+    return torch.cat(lengths).clamp_min(_SHORTEST)
+
+
+class DoraAdapter(LoraAdapter):
+    """DoRA: direction by LoRA, length of each output row trained on its own."""
+
+    name: ClassVar[str] = "dora"
+    parts_of_linear: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    foreign_parts: ClassVar[Mapping[str, str]] = {"lora_M": "lora_magnitude_vector"}
+
+    def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
+        """See ``LinearAdapter.make_layer``."""
+        config = self.config
+        return DoraLinear(base, config.r, config.scaling(config.r), float(config.lora_dropout))
+
+    @classmethod
+    def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """There is a magnitude beside the two matrices."""
+        return any(name.endswith((".lora_magnitude_vector", ".lora_M")) for name in tensors)
+
+    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """RWKV-LM-RLHF keeps the magnitude as a column (out, 1)."""
+        renamed = super().rename(tensors)
         return {
-            f"{path}.{part}": getattr(module, part)
-            for path, module in model.named_modules()
-            if isinstance(module, LoraLinear)
-            for part in ("lora_A", "lora_B")
+            name: tensor.reshape(-1) if name.endswith(".lora_magnitude_vector") else tensor
+            for name, tensor in renamed.items()
         }
 
-    def _switch(self, model: nn.Module, *, on: bool) -> None:
-        for module in model.modules():
-            if isinstance(module, LoraLinear):
-                module.enabled = on
+    def expected_shapes(self, out: int, in_: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """See ``LinearAdapter.expected_shapes``."""
+        return {**super().expected_shapes(out, in_, tensors), "lora_magnitude_vector": (out,)}
 
-    def sources(self, name: str) -> tuple[str, ...]:
-        """The two factors that belong to a linear's weight."""
-        if not name.endswith(".weight"):
-            return ()
-        path = name.removesuffix(".weight")
-        return f"{path}.lora_A", f"{path}.lora_B"
-
-    def merge(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """``W + scaling * B A``. The rank is the file's own.
-
-        Raises: UserError if one factor is missing or the shapes disagree.
-        """
-        sources = self.sources(name)
-        found = [source for source in sources if source in tensors]
-        if not found:
-            return None
-        if len(found) == 1:
-            raise UserError(f"the adapter has {found[0]} but not its partner", expected=sources)
-        lora_a, lora_b = (tensors[source].float() for source in sources)
-        if lora_a.dim() != 2 or lora_b.dim() != 2 or (*lora_b.shape, *lora_a.shape) != (
-            base.shape[0], lora_a.shape[0], lora_a.shape[0], base.shape[-1],
-        ):
-            raise UserError(
-                f"the adapter does not fit {name} of the base model",
-                found=f"lora_A {tuple(lora_a.shape)}, lora_B {tuple(lora_b.shape)}",
-                expected=f"(r, {base.shape[-1]}) and ({base.shape[0]}, r)",
-            )
-        update = (lora_b @ lora_a).mul_(self.config.lora_alpha / lora_a.shape[0])
-        return update.add_(base).to(base.dtype)
-
-
-def _ends_with(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target)
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear, also of one whose weight is stored quantised; None for any other module."""
-    if isinstance(module, nn.Embedding):
-        return None
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2:
-        return weight.shape[0], weight.shape[1]
-    out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if isinstance(out_features, int) and isinstance(in_features, int):
-        return out_features, in_features
-    return None
+    def merged_weight(self, path: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``m_o V_o / |V_o|`` with ``V = W + scaling * B A``."""
+        direction = super().merged_weight(path, base, tensors)
+        lengths = torch.linalg.vector_norm(direction, dim=1).clamp_min(_SHORTEST)
+        return direction.mul_((tensors["lora_magnitude_vector"] / lengths).unsqueeze(1))

@@ -1,33 +1,31 @@
-"""State tuning: every weight stays frozen, only each layer's initial memory is learned.
+"""State tuning: every weight stays frozen, only what each layer starts from is learned.
 
 Source: BlinkDL, RWKV-LM, state tuning of RWKV-6; names and orientation as RWKV-PEFT writes them:
 ``blocks.{i}.att.time_state`` (H, N, N), rows are value channels, columns key channels. A file holds one tensor per
-layer and nothing else, which is what RWKV Runner asks of a state file.
+layer and nothing else, which is what RWKV Runner asks of a state file. With ``token_shift`` there are also
+``blocks.{i}.att.shift_state`` and ``blocks.{i}.ffn.shift_state`` (C,), what the first token takes for its predecessor;
+no other program knows those.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.adapters.base import Adapter, Rates
+from rwkvpeft.adapters.settings import StateConfig
+from rwkvpeft.adapters.targets import device_of
 from rwkvpeft.errors import UserError
 
-_NAME = re.compile(r"^blocks\.\d+\.att\.time_state$")
-
-
-@dataclass(frozen=True)
-class StateConfig:
-    """State tuning has no settings."""
+_NAME = re.compile(r"^blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)$")
 
 
 class StateAdapter(Adapter):
-    """A trained initial memory in every layer, zero at first, or what the base already has."""
+    """A trained start in every layer, zero at first, or what the base already has."""
 
     name: ClassVar[str] = "state"
     Config = StateConfig
@@ -36,53 +34,85 @@ class StateAdapter(Adapter):
     def __init__(self, config: StateConfig | None = None, train_parts: Iterable[str] = ()) -> None:
         """``train_parts`` is ignored: a state file may hold nothing but states."""
         super().__init__(config)
-        self._before: list[nn.Parameter | None] = []
-        self._trained: list[nn.Parameter | None] = []
+        self._before: dict[str, nn.Parameter | None] = {}
+        self._trained: dict[str, nn.Parameter | None] = {}
 
-    def _insert(self, model: nn.Module) -> None:
+    def insert(self, model: nn.Module) -> None:
+        """Give each layer a start that is trained."""
         shape: Any = model.shape
         heads, size = shape.dim_att // shape.head_size, shape.head_size
-        for block in _blocks(model):
-            before: nn.Parameter | None = block.att.time_state
-            self._before.append(before)
-            device = block.att.output.weight.device
-            memory = torch.zeros(heads, size, size, device=device) if before is None else before.detach()
-            block.att.time_state = nn.Parameter(memory.to(torch.float32, copy=True))
+        device = device_of(model)
+        for layer in range(shape.n_layer):
+            self._start(model, f"blocks.{layer}.att.time_state", torch.zeros(heads, size, size, device=device))
+            if self.config.token_shift:
+                for part in ("att", "ffn"):
+                    self._start(model, f"blocks.{layer}.{part}.shift_state", torch.zeros(shape.n_embd, device=device))
+
+    def _start(self, model: nn.Module, name: str, zeros: Tensor) -> None:
+        before = _get(model, name)
+        self._before[name] = before
+        _set(model, name, nn.Parameter((zeros if before is None else before.detach()).to(torch.float32, copy=True)))
 
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """``blocks.{i}.att.time_state`` in layer order."""
-        return {f"blocks.{i}.att.time_state": block.att.time_state for i, block in enumerate(_blocks(model))}
+        """The starts in layer order."""
+        return {name: model.get_parameter(name) for name in self._before}
 
-    def _switch(self, model: nn.Module, *, on: bool) -> None:
+    def switch(self, model: nn.Module, *, on: bool) -> None:
+        """Start from what was learned, or from what the base had."""
         if not on:
-            self._trained = [block.att.time_state for block in _blocks(model)]
-        for block, memory in zip(_blocks(model), self._trained if on else self._before, strict=True):
-            block.att.time_state = memory
+            self._trained = {name: _get(model, name) for name in self._before}
+        for name, start in (self._trained if on else self._before).items():
+            _set(model, name, start)
+
+    def rates(self, name: str) -> Rates | None:
+        """The states' own learning rates."""
+        if not _NAME.match(name):
+            return None
+        return Rates(self.config.lr_init, self.config.lr_final, 0.0)
+
+    @classmethod
+    def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """A file of nothing but states."""
+        return all(_NAME.match(name) for name in tensors)
+
+    def file_settings(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Whether the file has token-shift states."""
+        shifts = any(name.endswith(".shift_state") for name in tensors)
+        return {**self.settings(), "token_shift": shifts}
 
     def is_addition(self, name: str) -> bool:
         """A state joins the base's tensors under its own name."""
         return bool(_NAME.match(name))
 
-    def merge(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Nothing of the base changes."""
-        return None
+
+def _get(model: nn.Module, name: str) -> nn.Parameter | None:
+    path, _, attribute = name.rpartition(".")
+    found: nn.Parameter | None = getattr(model.get_submodule(path), attribute)
+    return found
+
+
+def _set(model: nn.Module, name: str, start: nn.Parameter | None) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, start)
 
 
 def check_states(
     tensors: Mapping[str, Tensor], *, n_layer: int, dim_att: int, head_size: int | None = None
 ) -> None:
-    """Compare a state file with the sizes of a model; ``head_size`` None means that it is not known.
+    """Compare a file's ``time_state`` tensors with the sizes of a model; ``head_size`` None: it is not known.
 
     Raises: UserError if a layer has no state, or its heads do not make up the width of the time mixing.
     """
+    found = [name for name in tensors if name.endswith(".time_state")]
     expected = [f"blocks.{i}.att.time_state" for i in range(n_layer)]
-    if sorted(tensors) != sorted(expected):
+    if sorted(found) != sorted(expected):
         raise UserError(
             "the state file does not fit the base model",
-            found=f"{len(tensors)} tensors",
+            found=f"{len(found)} tensors",
             expected=f"one time_state for each of {n_layer} layers",
         )
-    for name, tensor in tensors.items():
+    for name in found:
+        tensor = tensors[name]
         size = head_size or tensor.shape[-1]
         if tensor.shape != (dim_att // size, size, size):
             raise UserError(
@@ -90,8 +120,3 @@ def check_states(
                 found=str(tuple(tensor.shape)),
                 expected=str((dim_att // size, size, size)),
             )
-
-
-def _blocks(model: nn.Module) -> Iterable[Any]:
-    blocks: Iterable[Any] = model.blocks  # type: ignore[assignment]
-    return blocks

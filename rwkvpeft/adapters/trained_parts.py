@@ -20,8 +20,8 @@ from rwkvpeft.errors import UserError
 PARTS: dict[str, str] = {
     "time": r"\.(time_(?!state)\w+|x_[rwkvag]|[wav][012]|k_[ka]|r_k)$",
     "ln": r"(^|\.)ln(\d|_x|_out)\.",
-    "emb": r"^emb\.",
-    "head": r"^head\.",
+    "emb": r"^emb\.weight$",
+    "head": r"^head\.weight$",
 }
 """Part: pattern of its parameter names."""
 
@@ -42,6 +42,7 @@ class TrainedParts:
             raise UserError("--train_parts has an unknown part", found=unknown, expected=[*PARTS, "none"])
         self._patterns = [re.compile(PARTS[part]) for part in self.names]
         self._frozen: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] = {}
 
     def includes(self, name: str) -> bool:
         """Whether the base parameter ``name`` is trained. Layer 0 of v7 has v0, v1, v2 but never reads them."""
@@ -66,18 +67,26 @@ class TrainedParts:
             parameter.data = parameter.detach().to(torch.float32, copy=True)
             parameter.requires_grad_(True)
 
-    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+    def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: model.get_parameter(name) for name in self._frozen}
+
+    def show(self, model: nn.Module, *, trained: bool) -> None:
+        """Give the chosen parameters their trained values, or those from before training."""
+        if trained:
+            for name, values in self._trained.items():
+                model.get_parameter(name).data = values
+            self._trained = {}
+        elif not self._trained:
+            self._trained = {name: parameter.data for name, parameter in self.tensors(model).items()}
+            for name, values in self._trained.items():
+                model.get_parameter(name).data = self._frozen[name].to(values.device)
 
     @contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Inside the block the chosen parameters have their values from before training."""
-        trained = {name: parameter.data for name, parameter in self.tensors(model).items()}
+        self.show(model, trained=False)
         try:
-            for name, values in trained.items():
-                model.get_parameter(name).data = self._frozen[name].to(values.device)
             yield
         finally:
-            for name, values in trained.items():
-                model.get_parameter(name).data = values
+            self.show(model, trained=True)

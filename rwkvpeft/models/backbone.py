@@ -25,6 +25,7 @@ class TimeMixing(nn.Module):
     """What every version's time mixing answers to."""
 
     time_state: nn.Parameter | None
+    shift_state: nn.Parameter | None
 
     def forward(
         self, x: Tensor, first_value: Tensor | None, state: BlockState
@@ -63,11 +64,23 @@ class Block(nn.Module):
         """Return the residual stream (B, T, C), layer 0's value, and the state after the last token."""
         if self.ln0 is not None:
             x = self.ln0(x)
+        state = state._replace(
+            time_shift=_first_shift(self.att, state.time_shift, x),
+            channel_shift=_first_shift(self.ffn, state.channel_shift, x),
+        )
         update, first_value, time_shift, memory = self.att(self.ln1(x), first_value, state)
         x = x + F.dropout(update, self.dropout, self.training)
         update, channel_shift = self.ffn(self.ln2(x), state.channel_shift)
         x = x + F.dropout(update, self.dropout, self.training)
         return x, first_value, BlockState(time_shift, memory, channel_shift)
+
+
+def _first_shift(mixing: nn.Module, shift: Tensor | None, x: Tensor) -> Tensor | None:
+    """The token before the first one (B, C): the given one, or the tuned ``shift_state`` of a fresh sequence."""
+    tuned: Tensor | None = mixing.shift_state  # type: ignore[assignment]
+    if shift is None and tuned is not None:
+        return tuned.to(x.dtype).expand(x.shape[0], -1)
+    return shift
 
 
 class Rwkv(nn.Module):

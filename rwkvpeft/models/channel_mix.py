@@ -19,6 +19,7 @@ class GatedChannelMix(nn.Module):
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.receptance = Linear(shape.n_embd, shape.n_embd)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
+        self.register_parameter("shift_state", None)
 
     def shift_mixes(self) -> tuple[Tensor, Tensor]:
         """Shares of the previous token for key and receptance, (1, 1, C) each."""

@@ -46,6 +46,7 @@ class TimeMix(TimeMixing):
         self.output = Linear(width, channels)
         self.ln_x = HeadNorm(width, shape.n_head, divisor)
         self.register_parameter("time_state", None)
+        self.register_parameter("shift_state", None)
 
     def forward(
         self, x: Tensor, first_value: Tensor | None, state: BlockState

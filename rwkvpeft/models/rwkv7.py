@@ -56,6 +56,7 @@ class TimeMix(TimeMixing):
         self.output = Linear(width, channels)
         self.ln_x = HeadNorm(width, shape.n_head, divisor)
         self.register_parameter("time_state", None)
+        self.register_parameter("shift_state", None)
 
     def forward(
         self, x: Tensor, first_value: Tensor | None, state: BlockState
@@ -98,6 +99,7 @@ class ChannelMix(nn.Module):
         self.x_k = parameter(1, 1, shape.n_embd)
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
+        self.register_parameter("shift_state", None)
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Mix the channels of (B, T, C). Returns the update and the last token for the next call."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rwkvpeft.adapters.base import build_adapter
+from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import ADAPTERS, BACKENDS, MODELS, find
 
 VERSIONS = sorted(MODELS)
-METHODS = sorted(ADAPTERS)
+METHODS = [*sorted(ADAPTERS), "lora+state"]
 
 
 def small_model(version: str, dtype: torch.dtype = torch.float32):
@@ -24,6 +24,14 @@ def small_model(version: str, dtype: torch.dtype = torch.float32):
     model = build_model(shape, find(BACKENDS[operator], "reference", flag="").run)
     fill_model(model, weights, device="cpu", dtype=dtype, source="small model")
     return model
+
+
+SETTINGS = {"bat": {"r": 8}, "miss": {"r": 12}, "bone": {"r": 8}, "disha": {"r": 8}, "state": {"token_shift": True}}
+
+
+def small_adapter(method):
+    """Sizes that suit ``small_model``."""
+    return build_adapter(method, SETTINGS.get(method, {}), [] if method == "state" else ["time", "ln"])
 
 
 def tokens(length: int = 9):
@@ -43,7 +51,7 @@ def model(request):
 
 @pytest.fixture(params=METHODS)
 def adapter(request):
-    return build_adapter(request.param, {}, ["time", "ln"] if request.param == "lora" else [])
+    return small_adapter(request.param)
 
 
 def test_an_attached_adapter_changes_nothing_at_first(model, adapter):

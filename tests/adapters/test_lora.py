@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rwkvpeft.adapters.lora import LoraAdapter, LoraConfig, LoraLinear
+from rwkvpeft.adapters.lora import LoraAdapter, LoraLinear
+from rwkvpeft.adapters.settings import LoraConfig
 from rwkvpeft.errors import UserError
 
 
@@ -51,14 +52,14 @@ def test_targets_are_ends_of_paths(targets, expected):
     assert len(adapted(model)) == expected
 
 
-@pytest.mark.parametrize("target", ["gate", "y", "head"])
+@pytest.mark.parametrize("target", ["gate", "y", "att"])
 def test_a_target_that_matches_nothing_is_refused_with_what_there_is(target):
     with pytest.raises(UserError, match=r"att\.key"):
         LoraAdapter(LoraConfig(target_modules=["key", target])).attach(Blocks())
 
 
 def test_initial_factors_are_kaiming_uniform_and_zero():
-    layer = LoraLinear(nn.Linear(400, 10, bias=False), 400, 10, LoraConfig(r=16))
+    layer = LoraLinear(nn.Linear(400, 10, bias=False), 16, 2.0)
     bound = 1 / math.sqrt(400)
     assert layer.lora_A.abs().max() <= bound
     assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
@@ -66,7 +67,7 @@ def test_initial_factors_are_kaiming_uniform_and_zero():
 
 
 def test_dropout_acts_in_training_only():
-    layer = LoraLinear(nn.Linear(64, 8, bias=False), 64, 8, LoraConfig(lora_dropout=0.5))
+    layer = LoraLinear(nn.Linear(64, 8, bias=False), 8, 4.0, dropout=0.5)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(3, 64)
     assert torch.equal(layer.eval()(x), layer(x))
@@ -75,7 +76,7 @@ def test_dropout_acts_in_training_only():
 
 def test_merged_weights_compute_what_the_adapter_computes():
     base = nn.Linear(24, 40, bias=False)
-    layer = LoraLinear(base, 24, 40, LoraConfig(r=5, lora_alpha=13)).eval()
+    layer = LoraLinear(base, 5, 13 / 5).eval()
     nn.init.normal_(layer.lora_B)
     tensors = {"k.lora_A": layer.lora_A.detach(), "k.lora_B": layer.lora_B.detach()}
     merged = LoraAdapter(LoraConfig(r=5, lora_alpha=13)).merge("k.weight", base.weight.detach(), tensors)
@@ -98,6 +99,6 @@ def test_settings_out_of_range_are_refused(settings):
 
 def test_short_names_of_alpha_and_dropout_are_understood():
     config = LoraAdapter.from_settings({"r": 4, "alpha": 16, "dropout": 0.1}).config
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.scaling) == (4, 16, 0.1, 4)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.scaling(4)) == (4, 16, 0.1, 4)
     with pytest.raises(UserError, match="twice"):
         LoraAdapter.from_settings({"alpha": 16, "lora_alpha": 32})

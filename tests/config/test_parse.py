@@ -126,7 +126,7 @@ def test_help_shows_every_flag_its_default_and_unit(capsys):
 
 
 def test_help_shows_the_settings_of_the_chosen_method(capsys):
-    from rwkvpeft.adapters.lora import LoraConfig
+    from rwkvpeft.adapters.settings import LoraConfig
 
     with pytest.raises(SystemExit):
         parse_train(["--peft", "lora", "--help"], lambda method: LoraConfig)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkvpeft.adapters.base import build_adapter
+from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
 from rwkvpeft.checkpoints.load import load_model

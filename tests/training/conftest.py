@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkvpeft.adapters.base import build_adapter
+from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.checkpoints.files import fingerprint, save_tensors
 from rwkvpeft.checkpoints.load import load_model
