@@ -27,7 +27,33 @@ BACKENDS: dict[str, dict[str, str]] = {
 
 ADAPTERS: dict[str, str] = {
     "lora": "rwkvpeft.adapters.lora:LoraAdapter",
+    "dora": "rwkvpeft.adapters.lora:DoraAdapter",
+    "pissa": "rwkvpeft.adapters.pissa:PissaAdapter",
+    "miss": "rwkvpeft.adapters.miss:MissAdapter",
+    "bone": "rwkvpeft.adapters.miss:MissAdapter",
+    "disha": "rwkvpeft.adapters.miss:MissAdapter",
+    "bat": "rwkvpeft.adapters.miss:BatAdapter",
     "state": "rwkvpeft.adapters.state:StateAdapter",
+}
+
+ADAPTER_SETTINGS: dict[str, str] = {
+    "lora": "rwkvpeft.adapters.settings:LoraConfig",
+    "dora": "rwkvpeft.adapters.settings:LoraConfig",
+    "pissa": "rwkvpeft.adapters.settings:PissaConfig",
+    "miss": "rwkvpeft.adapters.settings:MissConfig",
+    "bone": "rwkvpeft.adapters.settings:MissConfig",
+    "disha": "rwkvpeft.adapters.settings:MissConfig",
+    "bat": "rwkvpeft.adapters.settings:BatConfig",
+    "state": "rwkvpeft.adapters.settings:StateConfig",
+}
+"""Each adapter's settings, which ``--help`` shows without importing what the adapter itself needs."""
+
+FORMATS: dict[str, str] = {
+    "int8": "rwkvpeft.quantization.int8:Int8",
+    "nf4": "rwkvpeft.quantization.four_bit:Nf4",
+    "fp4": "rwkvpeft.quantization.four_bit:Fp4",
+    "4bit": "rwkvpeft.quantization.four_bit:Fp4",
+    "fp8": "rwkvpeft.quantization.fp8:Fp8",
 }
 
 OBJECTIVES: dict[str, str] = {
@@ -40,8 +66,19 @@ SOURCES: dict[str, str] = {
 }
 
 OPTIMIZERS: dict[str, str] = {
-    "adam": "rwkvpeft.training.optimizers:build_adam",
-    "adamw": "rwkvpeft.training.optimizers:build_adamw",
+    "adam": "rwkvpeft.training.optimizers.adam:ADAM",
+    "adamw": "rwkvpeft.training.optimizers.adam:ADAM",
+    "adam8bit": "rwkvpeft.training.optimizers.eight_bit:ADAM_8BIT",
+    "adamw8bit": "rwkvpeft.training.optimizers.eight_bit:ADAMW_8BIT",
+    "paged_adam": "rwkvpeft.training.optimizers.eight_bit:PAGED_ADAM",
+    "paged_adamw": "rwkvpeft.training.optimizers.eight_bit:PAGED_ADAMW",
+    "paged_adam8bit": "rwkvpeft.training.optimizers.eight_bit:PAGED_ADAM_8BIT",
+    "paged_adamw8bit": "rwkvpeft.training.optimizers.eight_bit:PAGED_ADAMW_8BIT",
+    "lion": "rwkvpeft.training.optimizers.eight_bit:LION",
+    "lion8bit": "rwkvpeft.training.optimizers.eight_bit:LION_8BIT",
+    "adafactor": "rwkvpeft.training.optimizers.adafactor:ADAFACTOR",
+    "muon": "rwkvpeft.training.optimizers.muon:MUON",
+    "schedule_free": "rwkvpeft.training.optimizers.schedule_free:SCHEDULE_FREE",
 }
 
 SCHEDULES: dict[str, str] = {
