@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from rwkvpeft.atomic import write_whole
 from rwkvpeft.errors import UserError
+from rwkvpeft.models.shape import normalise_names
 
+# a memory map counts as the process's memory once read; it is opened anew after this much
+_REOPEN_BYTES = 128 << 20
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES = 64
 
@@ -68,6 +71,51 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     ):
         raise UserError(f"{path} is not a dict of tensors by name", found=type(loaded).__name__)
     return loaded
+
+
+class MappedTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by their official names, read through a memory map that is given back from time to time.
+
+    A tensor lives as long as something refers to it; copy what is to be kept, or its part of the map stays in memory.
+
+    Args:
+        path: a ``.pth``; see ``load_tensors`` for what is read and refused.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._tensors = normalise_names(load_tensors(path))
+        self._read_bytes = 0
+        self.outline = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
+        """Every tensor's shape and dtype, as tensors without data."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        read_bytes = self.outline[name].nbytes
+        if not self._tensors or self._read_bytes + read_bytes > _REOPEN_BYTES:
+            self.release()
+            self._tensors = normalise_names(load_tensors(self.path))
+        self._read_bytes += read_bytes
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline)
+
+    def __len__(self) -> int:
+        return len(self.outline)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.outline
+
+    def release(self) -> None:
+        """Give the map back; the next tensor opens it again."""
+        self._tensors, self._read_bytes = {}, 0
+
+
+def outline_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor's shape and dtype, as tensors without data."""
+    if isinstance(tensors, MappedTensors):
+        return dict(tensors.outline)
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
 def fingerprint(path: Path | str) -> str:

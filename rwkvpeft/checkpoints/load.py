@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rwkvpeft.checkpoints.files import load_tensors
+from rwkvpeft.checkpoints.files import MappedTensors
+from rwkvpeft.checkpoints.quantised import PackedWeight, Quantiser, find_packed, model_outline
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv, Wkv
-from rwkvpeft.models.shape import ModelShape, normalise_names, read_shape
+from rwkvpeft.models.names import is_large_linear
+from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
+from rwkvpeft.quantization.linear import QuantizedLinear
 from rwkvpeft.registry import MODELS, find
 
+Prepare = Callable[[str, Tensor], Tensor]
+"""Takes a large linear's module path and its weight (out, in), gives the weight to be loaded, of any float dtype."""
+
+_STATES = (".time_state", ".shift_state")
 _OPERATORS = {"x052": "wkv5", "x060": "wkv6", "x070": "wkv7"}
 
 
@@ -25,28 +33,32 @@ def load_model(
     dtype: torch.dtype | None = None,
     op: str = "auto",
     head_size_divisor: float = 8,
+    quantiser: Quantiser | None = None,
+    prepare: Prepare | None = None,
 ) -> Rwkv:
     """Load an official RWKV v5.2, v6 or v7 checkpoint; version and every size are read from the file.
 
     Args:
-        path: a ``.pth`` of fp32, fp16 or bf16 tensors. Prefixes of trainers (``_forward_module.`` and the like) are
-            stripped, and a v7 file may lack block 0's unused v0, v1, v2.
+        path: a ``.pth`` of fp32, fp16 or bf16 tensors, or one that ``rwkvpeft.quantize`` wrote. Prefixes of trainers
+            (``_forward_module.`` and the like) are stripped, and a v7 file may lack block 0's unused v0, v1, v2.
         device: where the weights go.
         dtype: dtype of weights and activations; None keeps the file's.
         op: backend of the WKV operator, see ``rwkvpeft.ops``.
         head_size_divisor: group-norm eps after the time mixing is 1e-5 times its square; files do not tell it.
+        quantiser: stores the large linears in fewer bits, each as it is read; None leaves them as the file has them.
+        prepare: changes the large linears before that.
     Returns: the model in evaluation mode, a merged ``time_state`` in place.
     Raises: UserError if the file is missing, broken, of another architecture, or if tensors are missing, left over
         or misshapen.
     """
-    tensors = normalise_names(load_tensors(path))
-    shape = read_shape(tensors, str(path))
+    tensors = MappedTensors(path)
+    shape = read_shape(model_outline(tensors, find_packed(tensors, str(path))), str(path))
     if dtype is None:
-        dtype = tensors["emb.weight"].dtype
+        dtype = tensors.outline["emb.weight"].dtype
     needs = Needs(device_type=torch.device(device).type, dtype=dtype, head_size=shape.head_size, training=False)
     wkv = choose_backend(_OPERATORS[shape.version], op, needs).run
     model = build_model(shape, wkv, head_size_divisor=head_size_divisor)
-    fill_model(model, tensors, device=device, dtype=dtype, source=str(path))
+    fill_model(model, tensors, device=device, dtype=dtype, source=str(path), quantiser=quantiser, prepare=prepare)
     return model.eval()
 
 
@@ -63,27 +75,89 @@ def operator_of(shape: ModelShape) -> str:
 
 
 def fill_model(
-    model: Rwkv, tensors: dict[str, Tensor], *, device: torch.device | str, dtype: torch.dtype, source: str
+    model: Rwkv,
+    tensors: Mapping[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    source: str,
+    quantiser: Quantiser | None = None,
+    prepare: Prepare | None = None,
 ) -> None:
     """Put tensors with official names into ``model``, one after another, so that no second copy exists.
 
-    Raises: UserError naming what is missing, left over or misshapen.
+    Args:
+        tensors: of an official checkpoint or a quantised one.
+        device, dtype: where the weights go and what they become; a quantised one keeps its format.
+        source: how messages name the file.
+        quantiser: replaces the linears it takes by quantised ones.
+        prepare: changes the large linears before that.
+    Raises: UserError naming what is missing, left over or misshapen; a quantised file and another ``quantiser``.
     """
-    left = dict(tensors)
-    _add_optional(model, left, dtype)
-    problems = []
+    packed = find_packed(tensors, source)
+    _check_quantiser(packed, quantiser, source)
+    outline = model_outline(tensors, packed)
+    _add_optional(model, outline)
+    _check_fit(model, outline, source)
     for name, parameter in list(model.named_parameters()):
-        tensor = left.pop(name, None)
-        if tensor is None:
-            problems.append(f"{name} is missing")
-        elif tensor.numel() != parameter.numel():
-            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+        kept = _memory_dtype(dtype) if name.endswith(_STATES) else dtype
+        if name not in outline:
+            value: Tensor | QuantizedLinear = torch.zeros(parameter.shape, dtype=kept)
         else:
-            # copied: a parameter must not share memory with the mapped file
-            kept = _memory_dtype(dtype) if name.endswith(".time_state") else dtype
-            value = tensor.to(device=device, dtype=kept, copy=True).view(parameter.shape)
-            _set_parameter(model, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    problems += [f"{name} is not a tensor of {model.shape.version}" for name in left]
+            value = _weight(name, tensors, packed.get(name), quantiser, prepare)
+        if isinstance(value, QuantizedLinear):
+            _put(model, name.removesuffix(".weight"), value.to(device))
+            continue
+        # copied: a parameter must not share memory with the mapped file
+        value = value.to(device=device, dtype=kept, copy=True).view(parameter.shape)
+        _put(model, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    if isinstance(tensors, MappedTensors):
+        tensors.release()
+    model.compute_dtype = dtype
+
+
+def _weight(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    packed: PackedWeight | None,
+    quantiser: Quantiser | None,
+    prepare: Prepare | None,
+) -> Tensor | QuantizedLinear:
+    """The checkpoint's tensor ``name`` as the model takes it, packed or plain."""
+    linear = None if packed is None else packed.read(tensors)
+    weight = tensors[name] if linear is None else linear.dequantized()
+    prepared = prepare(name.removesuffix(".weight"), weight) if prepare and is_large_linear(name) else weight
+    if linear is not None:
+        if prepared is not weight:
+            raise UserError(
+                f"{name} is quantised already, and the adapter changes it before that",
+                fix="give the full-precision checkpoint and --quant, which quantises what the adapter leaves",
+            )
+        return weight if quantiser is not None and quantiser.keep(name) else linear
+    return quantiser.module(name, prepared) if quantiser is not None and quantiser.takes(name) else prepared
+
+
+def _check_quantiser(packed: Mapping[str, PackedWeight], quantiser: Quantiser | None, source: str) -> None:
+    formats = {weight.format for weight in packed.values()}
+    if quantiser is not None and formats - {quantiser.format}:
+        raise UserError(
+            f"{source} is quantised already and cannot be quantised in another way",
+            found=sorted(format.label for format in formats),
+            expected=quantiser.format.label,
+            fix="leave --quant out, or give the full-precision checkpoint",
+        )
+
+
+def _check_fit(model: Rwkv, outline: Mapping[str, Tensor], source: str) -> None:
+    parameters = dict(model.named_parameters())
+    problems = []
+    for name, parameter in parameters.items():
+        if name not in outline:
+            if not _is_unused(name, model.shape):
+                problems.append(f"{name} is missing")
+        elif outline[name].numel() != parameter.numel():
+            problems.append(f"{name} is {tuple(outline[name].shape)}, not {tuple(parameter.shape)}")
+    problems += [f"{name} is not a tensor of {model.shape.version}" for name in outline if name not in parameters]
     if problems:
         more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
@@ -92,20 +166,22 @@ def fill_model(
             expected="the tensors of an official checkpoint",
             fix="is the file complete, and is it a plain v5.2, v6 or v7 model?",
         )
-    model.compute_dtype = dtype
 
 
-def _add_optional(model: Rwkv, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Make room for a merged ``time_state``, and give block 0 of v7 the values that nothing reads."""
+def _is_unused(name: str, shape: ModelShape) -> bool:
+    """Whether nothing reads that tensor: block 0 of v7 has no earlier value, and old files lack its v0, v1, v2."""
+    return shape.version == "x070" and name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+
+
+def _add_optional(model: Rwkv, outline: Mapping[str, Tensor]) -> None:
+    """Make room for merged initial states."""
     shape = model.shape
+    memory = (shape.n_head, shape.head_size, shape.head_size)
+    states = {"att.time_state": memory, "att.shift_state": (shape.n_embd,), "ffn.shift_state": (shape.n_embd,)}
     for layer in range(shape.n_layer):
-        if f"blocks.{layer}.att.time_state" in tensors:
-            empty = torch.empty(shape.n_head, shape.head_size, shape.head_size, device="meta")
-            _set_parameter(model, f"blocks.{layer}.att.time_state", nn.Parameter(empty))
-    if shape.version == "x070":
-        for name in ("v0", "v1", "v2"):
-            unused = model.get_parameter(f"blocks.0.att.{name}")
-            tensors.setdefault(f"blocks.0.att.{name}", torch.zeros(unused.shape, dtype=dtype))
+        for state, sizes in states.items():
+            if (name := f"blocks.{layer}.{state}") in outline:
+                _put(model, name, nn.Parameter(torch.empty(sizes, device="meta")))
 
 
 def _memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,6 +189,7 @@ def _memory_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _put(model: nn.Module, name: str, part: nn.Parameter | nn.Module) -> None:
+    """Set the parameter or submodule at the dotted ``name``."""
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
+    setattr(model.get_submodule(owner), attribute, part)

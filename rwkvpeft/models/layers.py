@@ -11,22 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Linear(nn.Module):
-    """A matrix without bias: (..., in) to (..., out). ``weight`` is (out, in)."""
+class Linear(nn.Linear):
+    """A matrix without bias: (..., in) to (..., out). ``weight`` is (out, in), its values come from a checkpoint."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is: models are built without values."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the weight, in the dtype of ``x``."""
         return F.linear(x, self.weight.to(x.dtype))
 
-    def extra_repr(self) -> str:
-        """Sizes, for printing the model."""
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (out, in) without gradient, in ``dtype``; None keeps its own. May share memory with the weight."""
+        return self.weight.detach().to(dtype or self.weight.dtype)
 
 
 class LayerNorm(nn.Module):

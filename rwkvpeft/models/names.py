@@ -8,7 +8,15 @@ A width of the time mixing (C in official models), F width of the channel mixing
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
+
+_LARGE_LINEAR = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|output|gate)\.weight")
+
+
+def is_large_linear(name: str) -> bool:
+    """Whether a tensor of that name is one of the blocks' matrices, which hold most of a model's weights."""
+    return _LARGE_LINEAR.fullmatch(name) is not None
 
 
 class TensorName(NamedTuple):
