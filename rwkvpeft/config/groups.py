@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkvpeft.config.flags import flag
+from rwkvpeft.registry import ADAPTERS, FORMATS, OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ class OptimizerConfig:
 
     optim: str = flag(
         "none",
-        help="none and adam: Adam, decoupled decay when --weight_decay > 0; adamw: the same",
-        choices=("none", "adam", "adamw"),
+        help="none, adam, adamw: Adam, decoupled decay when --weight_decay > 0; ...8bit: 8-bit moments; paged_...: "
+        "moments that can leave a full GPU; lion: a tenth of Adam's rate fits; adafactor: hardly any moments; "
+        "muon: Muon for matrices, Adam for the rest; schedule_free: AdamW at a constant rate, weights averaged",
+        choices=OPTIMIZERS,
         alias="optimizer",
     )
     beta1: float = flag(0.9, help="decay of the first moment")
@@ -108,15 +111,32 @@ class MethodConfig:
     """What is trained, and on top of what."""
 
     peft: str = flag(
-        "none", help="none: every weight; lora; state: initial memories only", choices=("none", "lora", "state")
+        "none",
+        help="none: every weight; "
+        + ", ".join(ADAPTERS)
+        + "; METHOD+state: METHOD and initial memories; or a method of Hugging Face peft, as adalora",
+        metavar="METHOD",
     )
     peft_config: dict[str, Any] = flag(
         {}, help="the method's settings; --peft METHOD --help lists them", metavar="JSON"
     )
+    layer_profile: str = flag(
+        "", help="CSV or YAML file that gives each layer and part a method, rank and rates", metavar="FILE"
+    )
+    quant: str = flag(
+        "none",
+        help="how the large frozen matrices are stored; 4bit: fp4, as upstream",
+        choices=("none", *FORMATS),
+    )
+    quant_double: bool = flag(False, help="store the scales of nf4 and fp4 in 8 bits too")
+    quant_head: bool = flag(False, help="quantise the head beside the blocks' matrices")
     adapter: str = flag("", help="start from this adapter file instead of new values", metavar="FILE")
+    adapter_init: str = flag(
+        "", help="PiSSA's start values (init_pissa.pth), for an --adapter file that lacks them", metavar="FILE"
+    )
     train_parts: list[str] = flag(
         ["time", "ln"],
-        help="base parameters trained beside a LoRA adapter",
+        help="base parameters trained beside an adapter",
         metavar="PART",
         choices=("time", "ln", "emb", "head", "none"),
     )

@@ -72,7 +72,6 @@ FLAGS: dict[str, UpstreamFlag] = {
     "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
     "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),
     "PISSA": _none("false", "PiSSA is not available yet", "--peft lora", "switch"),
-    "quant": _none("none", "training on a quantised base is not available yet", "--precision bf16 --grad_cp 1"),
     "pre_ffn": _none(0, "a first block without time mixing is not available yet"),
     "head_qk": _none(0, "the headQK trick is not available yet"),
     "load_partial": _none(0, "weights are loaded whole: a tensor left out would train from random values"),
@@ -106,13 +105,9 @@ FLAGS: dict[str, UpstreamFlag] = {
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
-    "peft": {
-        **dict.fromkeys(("dora", "pissa", "miss", "bone", "bat", "disha"), _LATER),
-        **dict.fromkeys(("adalora", "boft", "hra", "ia3", "loha", "lokr", "oft", "randlora", "vera"), _LATER),
-    },
     "dataload": {"pack": _LATER},
     "data_type": dict.fromkeys(("sft", "utf-8", "utf-16le", "numpy", "uint16", "dummy"), _LATER),
-    "optim": dict.fromkeys(("adam8bit", "adam_mini", "lion", "muon", "adafactor"), _LATER),
+    "optim": {"adam_mini": "not available: its package knows the parameter names of transformers alone"},
 }
 """Values of our own flags that upstream takes and that are not here yet, with what to say of them."""
 
