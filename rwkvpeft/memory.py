@@ -14,6 +14,7 @@ import torch
 from rwkvpeft.config.groups import MethodConfig, TrainConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import ModelShape
+from rwkvpeft.registry import OPTIMIZERS, find
 
 _BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 _LOGIT_ROWS = 256
@@ -81,21 +82,23 @@ def estimate(
     n_embd: int,
     vocab_size: int,
     checkpointing: bool,
+    moment_bytes: int,
 ) -> Need:
     """A lower bound of what a training step needs.
 
     Args:
-        parameters, trained: how many numbers the base has and how many are trained (fp32, two moments each).
+        parameters, trained: how many numbers the base has and how many are trained (in fp32).
         frozen_bytes: of one frozen number; 0 if all of the base is trained.
         rows, tokens: B and T of a micro-batch.
         checkpointing: whether blocks are recomputed in the backward pass.
+        moment_bytes: what the optimizer keeps on the device for each trained number.
     """
     stream = rows * tokens * n_embd * activation_bytes
     kept = n_layer + _KEPT_PER_BLOCK if checkpointing else n_layer * _KEPT_PER_BLOCK
     return Need(
         weights=parameters * frozen_bytes + trained * 4,
         gradients=trained * 4,
-        optimizer=trained * 8,
+        optimizer=trained * moment_bytes,
         activations=kept * stream,
         logits=min(_LOGIT_ROWS, rows * tokens) * vocab_size * activation_bytes,
     )
@@ -115,6 +118,7 @@ def need_of(shape: ModelShape, config: TrainConfig) -> Need:
         n_embd=shape.n_embd,
         vocab_size=shape.vocab_size,
         checkpointing=bool(config.runtime.grad_cp),
+        moment_bytes=find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
     )
 
 

@@ -66,6 +66,7 @@ SOURCES: dict[str, str] = {
 }
 
 OPTIMIZERS: dict[str, str] = {
+    "none": "rwkvpeft.training.optimizers.adam:ADAM",
     "adam": "rwkvpeft.training.optimizers.adam:ADAM",
     "adamw": "rwkvpeft.training.optimizers.adam:ADAM",
     "adam8bit": "rwkvpeft.training.optimizers.eight_bit:ADAM_8BIT",

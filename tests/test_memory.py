@@ -20,12 +20,12 @@ from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import MODELS, find
 
 
-def config(peft="none", micro_bsz=4, **runtime):
+def config(peft="none", micro_bsz=4, optim="none", **runtime):
     return TrainConfig(
         ModelConfig(),
         DataConfig(ctx_len=1024),
         ScheduleConfig(micro_bsz=micro_bsz),
-        OptimizerConfig(),
+        OptimizerConfig(optim=optim),
         MethodConfig(peft=peft),
         RuntimeConfig(**{"precision": "bf16", "accelerator": "cpu", **runtime}),
         OutputConfig(),
@@ -54,6 +54,12 @@ def test_an_adapter_trains_a_small_part():
 def test_checkpointing_saves_activations():
     shape = new_shape("x070", n_layer=24, n_embd=2048, vocab_size=65536)
     assert need_of(shape, config(grad_cp=1)).activations < 0.2 * need_of(shape, config()).activations
+
+
+def test_8_bit_and_paged_moments_leave_room():
+    shape = new_shape("x070", n_layer=12, n_embd=768, vocab_size=65536)
+    needs = {optim: need_of(shape, config(optim=optim)).optimizer for optim in ("adam", "adam8bit", "paged_adam")}
+    assert needs["adam"] == 4 * needs["adam8bit"] > needs["paged_adam"] == 0
 
 
 def test_a_run_that_cannot_fit_is_refused_with_ways_out():

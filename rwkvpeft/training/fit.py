@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from tqdm import tqdm
 
-from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
@@ -26,6 +27,7 @@ from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
+from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.resume import (
     ResumePoint,
     check_essentials,
@@ -80,15 +82,20 @@ def fit(
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew")
         return FitResult(progress.step, _mean_loss(progress), stopped_early=False)
     data.start_batch = progress.batches
+    keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
+    if keeps_rate:
+        say(f"{config.optimizer.optim}: the learning rate does not fall; --lr_schedule and --lr_final are not used")
     module = RwkvModule(
         model.train(),
         LanguageModelling(logit_penalty=config.optimizer.logit_penalty),
-        schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps),
+        schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps, keeps_rate=keeps_rate),
         optimizer=config.optimizer,
         plan=plan,
         progress=progress,
         seed=config.runtime.random_seed,
         scaled_gradients=precision == "fp16",
+        rates=None if adapter is None else _rates(model, adapter).get,
+        after_step=None if adapter is None else partial(adapter.after_step, model),
     )
     saving = _saving(config, adapter, recipe, essentials, point, say)
     callbacks = [Metrics(config.output, asdict(config), say), Progress(say), saving]
@@ -144,6 +151,16 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "devices": runtime.devices,
         "num_nodes": runtime.num_nodes,
         "random_seed": runtime.random_seed,
+    }
+
+
+def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
+    """Rates of the trained parameters by their names in the model; adapters know them by their names in files."""
+    names = {id(tensor): name for name, tensor in adapter.trained_tensors(model).items()}
+    return {
+        name: adapter.rates(names.get(id(parameter), name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 

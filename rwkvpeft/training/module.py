@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwkvpeft.adapters.base import Rates
 from rwkvpeft.config.groups import OptimizerConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.objectives.base import Objective
-from rwkvpeft.registry import OPTIMIZERS, find
+from rwkvpeft.training.optimizers.contract import find_optimizer
+from rwkvpeft.training.optimizers.schedule_free import ScheduleFree
 from rwkvpeft.training.parameter_groups import parameter_groups
-from rwkvpeft.training.schedules import steps_per_epoch, weight_decay_at
+from rwkvpeft.training.schedules import Schedule, steps_per_epoch, weight_decay_at
 
 # a scaler halves its scale after each overflow: from 2^16 this many in a row leave less than 2^-8
 _OVERFLOWS_IN_A_ROW = 24
@@ -94,6 +96,9 @@ class RwkvModule(pl.LightningModule):
     Args:
         model: its trainable parameters are fp32.
         schedule: optimizer step to learning rate.
+        rates: of trained parameters that have their own, by their names in the model.
+        after_step: called with the step's number, from 1, and their total while the step's gradients are there; not
+            for an fp16 step that overflowed.
         progress: where an earlier run stopped; updated in place.
         seed: of dropout. Each batch draws from its own stream, so that nothing about it must be saved.
     """
@@ -103,12 +108,14 @@ class RwkvModule(pl.LightningModule):
         model: nn.Module,
         objective: Objective,
         *,
-        schedule: Callable[[int], float],
+        schedule: Schedule,
         optimizer: OptimizerConfig,
         plan: RunPlan,
         progress: RunProgress,
         seed: int,
         scaled_gradients: bool = False,
+        rates: Callable[[str], Rates | None] | None = None,
+        after_step: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -119,6 +126,8 @@ class RwkvModule(pl.LightningModule):
         self.progress = progress
         self.seed = seed
         self.scaled_gradients = scaled_gradients
+        self.rates = rates
+        self.after_step = after_step
         self.finished: StepRecord | None = None
         self._overflows = 0
         self._clock = 0.0
@@ -155,13 +164,13 @@ class RwkvModule(pl.LightningModule):
             self.model.named_parameters(),
             layerwise_lr=bool(self.optimizer_config.layerwise_lr),
             weight_decay=self.optimizer_config.weight_decay,
+            rates=self.rates,
         )
         if not groups:
             raise UserError("nothing would be trained: every parameter is frozen")
-        name = "adam" if self.optimizer_config.optim == "none" else self.optimizer_config.optim
-        build = find(OPTIMIZERS, name, flag="--optim")
-        optimizer: Optimizer = build(groups, self.optimizer_config, scaled_gradients=self.scaled_gradients)
-        return optimizer
+        kind = find_optimizer(self.optimizer_config.optim)
+        kind.check(self.device.type)
+        return kind.build(groups, self.optimizer_config, scaled_gradients=self.scaled_gradients)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Set the learning rate of this step, take it, and keep a record."""
@@ -170,10 +179,13 @@ class RwkvModule(pl.LightningModule):
             self.progress.step, total_steps=self.plan.total_steps, config=self.optimizer_config
         )
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            if group["weight_decay"] > 0:
+            ends = {name: group[name] for name in ("lr_init", "lr_final") if group[name] is not None}
+            group["lr"] = self.schedule(self.progress.step, **ends) * group["lr_scale"]
+            if group["weight_decay"] > 0 and not group["own_decay"]:
                 group["weight_decay"] = decay
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.after_step is not None and math.isfinite(self._figures[1]):
+            self.after_step(self.progress.step + 1, self.plan.total_steps)
         self._finish_step(lr, decay)
 
     def configure_gradient_clipping(
@@ -239,6 +251,12 @@ class RwkvModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Start the clock of the first step."""
         self._clock = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        """Leave the model with the weights that a checkpoint holds."""
+        optimizer = self.trainer.optimizers[0]
+        if isinstance(optimizer, ScheduleFree):
+            optimizer.take_average()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock of the next step, after the callbacks: saving and drawing are not training."""

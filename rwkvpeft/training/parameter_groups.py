@@ -4,15 +4,18 @@ As RWKV-LM's trainers do: the decay of the time mixing (v5, v6 ``time_decay``, v
 weight decay acts on the large matrices alone, i.e. on parameters of two or more axes whose name ends in ``.weight``.
 RWKV-PEFT gives v7's ``w0`` no factor and decays ``r_k`` and the low-rank matrices too; RWKV-LM's author warns against
 that. Adapter tensors (``lora_A``, ``lora_B``, ``time_state``) learn at the plain rate and are not decayed: a decayed
-low-rank product would be pulled towards the base model, not towards small weights.
+low-rank product would be pulled towards the base model, not towards small weights. An adapter's tensors can have
+rates and a weight decay of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+
+from rwkvpeft.adapters.base import Rates
 
 _TWICE = (".att.w0", ".att.time_decay")
 
@@ -28,21 +31,37 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, layerwise_lr: bool, weight_decay: float
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    layerwise_lr: bool,
+    weight_decay: float,
+    rates: Callable[[str], Rates | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Sort named parameters into optimizer groups with ``params``, ``names``, ``lr_scale`` and ``weight_decay``.
+    """Sort named parameters into optimizer groups.
 
+    A group has ``params``, ``names``, ``lr_scale``, ``weight_decay``, ``lr_init`` and ``lr_final`` (None where they
+    are the run's) and ``own_decay``, whether its weight decay is its own and stays, rather than moves with the run's.
     Frozen parameters are left out; groups and their members keep the order in which they first appear.
+
+    Args:
+        rates: learning rates and weight decay of a parameter that has its own, by the name it has here. Its own weight
+            decay acts whatever the parameter's kind.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        scale = lr_scale(name) if layerwise_lr else 1.0
-        decay = weight_decay if weight_decay > 0 and is_decayed(name, parameter) else 0.0
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
-        )
+        own = (rates(name) if rates else None) or Rates()
+        settings = {
+            "lr_scale": lr_scale(name) if layerwise_lr else 1.0,
+            "weight_decay": weight_decay if weight_decay > 0 and is_decayed(name, parameter) else 0.0,
+            "lr_init": own.lr_init,
+            "lr_final": own.lr_final,
+            "own_decay": own.weight_decay is not None,
+        }
+        if own.weight_decay is not None:
+            settings["weight_decay"] = own.weight_decay
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -32,6 +32,7 @@ KEPT = 2
 
 _TENSORS = "tensors.pth"
 _RECORD = "resume.json"
+_CONSTANT = "constant."
 _FIRST_DIFFERENCES = 8
 
 
@@ -47,6 +48,14 @@ class ResumePoint:
         """Its tensors by name, through a memory map."""
         loaded: dict[str, Tensor] = torch.load(self.path / _TENSORS, map_location="cpu", weights_only=True, mmap=True)
         return loaded
+
+    def constants(self) -> dict[str, Tensor]:
+        """What the adapter needs but does not train, by the names of ``Adapter.constants``."""
+        return {
+            name.removeprefix(_CONSTANT): tensor.clone()
+            for name, tensor in self.tensors().items()
+            if name.startswith(_CONSTANT)
+        }
 
 
 def resume_folder(output: OutputConfig) -> Path:
@@ -153,17 +162,30 @@ def check_essentials(point: ResumePoint, essentials: Mapping[str, Any]) -> None:
     )
 
 
-def capture(model: nn.Module, optimizer: Optimizer, scaler: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copies on the CPU of the trained parameters, the optimizer's state and the gradient scaler's numbers."""
-    tensors = {}
+def capture(
+    model: nn.Module, optimizer: Optimizer, scaler: Mapping[str, Any], constants: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copies on the CPU of trained parameters, optimizer state, the gradient scaler's numbers and ``constants``."""
+    tensors = {f"{_CONSTANT}{name}": tensor.detach().cpu() for name, tensor in constants.items()}
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter, name in names.items():
         tensors[f"param.{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optim.{name}.{key}"] = torch.as_tensor(value).detach().cpu()
+            if isinstance(value, Tensor):
+                tensors[f"optim.{name}.{key}"] = value.detach().cpu()
+            else:
+                tensors[f"number.{name}.{key}"] = _exact(value)
+    for index, group in enumerate(optimizer.param_groups):
+        for key in getattr(optimizer, "running_numbers", ()):
+            tensors[f"group.{index}.{key}"] = _exact(group[key])
     for key, value in scaler.items():
         tensors[f"scaler.{key}"] = torch.tensor(float(value), dtype=torch.float64)
     return tensors
+
+
+def _exact(number: float) -> Tensor:
+    """A number as a tensor whose ``item`` is that number, of the same type."""
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
 
 
 def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -183,12 +205,15 @@ def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give the optimizer its saved state."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    saved: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        if full_name.startswith("optim."):
-            name, _, key = full_name.removeprefix("optim.").rpartition(".")
-            saved.setdefault(name, {})[key] = tensor.clone()
+    saved: dict[str, dict[str, Any]] = {}
     state = optimizer.state_dict()
+    for full_name, tensor in tensors.items():
+        kind, _, rest = full_name.partition(".")
+        name, _, key = rest.rpartition(".")
+        if kind == "group":
+            state["param_groups"][int(name)][key] = tensor.item()
+        elif kind in ("optim", "number"):
+            saved.setdefault(name, {})[key] = tensor.clone() if kind == "optim" else tensor.item()
     numbered = zip(
         [number for group in state["param_groups"] for number in group["params"]],
         [parameter for group in optimizer.param_groups for parameter in group["params"]],

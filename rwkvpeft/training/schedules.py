@@ -12,8 +12,8 @@ whatever ``lr_final`` says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from rwkvpeft.config.groups import OptimizerConfig, ScheduleConfig
 from rwkvpeft.errors import ContractError
@@ -61,6 +61,11 @@ def linear(step: int, *, total_steps: int, lr_init: float, lr_final: float, warm
     return lr * _warmup(step, warmup_steps)
 
 
+def constant(step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int) -> float:
+    """``lr_init`` after the warm-up, for optimizers that average instead of slowing down; ``lr_final`` is not used."""
+    return lr_init * _warmup(step, warmup_steps)
+
+
 def _progress(step: int, total_steps: int, warmup_steps: int) -> float:
     # off by one, and by two without a warm-up (-1): RWKV-LM's own counting, kept so that runs compare
     return min(max((step - warmup_steps + 1) / max(total_steps - warmup_steps, 1), 0.0), 1.0)
@@ -75,17 +80,26 @@ def steps_per_epoch(epoch_steps: int, accumulate_grad_batches: int) -> int:
     return math.ceil(epoch_steps / accumulate_grad_batches)
 
 
-def build_schedule(config: ScheduleConfig, *, epoch_steps: int) -> Callable[[int], float]:
+class Schedule(Protocol):
+    """The learning rate of a run; ``lr_init`` and ``lr_final`` put other ends to the same shape."""
+
+    def __call__(self, step: int, *, lr_init: float = ..., lr_final: float = ...) -> float:
+        """The rate of the step after ``step`` steps."""
+        ...
+
+
+def build_schedule(config: ScheduleConfig, *, epoch_steps: int, keeps_rate: bool = False) -> Schedule:
     """The learning rate of a run as a function of the optimizer step.
 
     Args:
         epoch_steps: batches per device in a mini-epoch, with 0 already replaced by what one pass takes.
+        keeps_rate: the optimizer wants ``constant``, whatever schedule the settings name.
     Raises: UserError if the schedule's name is unknown.
     """
     if config.lr_init is None or config.lr_final is None or config.warmup_steps is None:
         raise ContractError("a schedule needs resolved settings")
     return partial(
-        find(SCHEDULES, config.lr_schedule, flag="--lr_schedule"),
+        constant if keeps_rate else find(SCHEDULES, config.lr_schedule, flag="--lr_schedule"),
         total_steps=steps_per_epoch(epoch_steps, config.accumulate_grad_batches) * config.epoch_count,
         lr_init=config.lr_init,
         lr_final=config.lr_final,

@@ -74,12 +74,21 @@ def settings(**values):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint of random weights, v7, two layers."""
+    return random_checkpoint(tmp_path_factory.mktemp("base") / "base.pth", n_layer=2, n_embd=16)
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory):
+    """One layer, whose channel mixing has matrices of 4,096 numbers: enough for 8-bit moments."""
+    return random_checkpoint(tmp_path_factory.mktemp("wide") / "base.pth", n_layer=1, n_embd=32)
+
+
+def random_checkpoint(path, **sizes):
     torch.manual_seed(1)
-    shape = new_shape("x070", n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8)
+    shape = new_shape("x070", vocab_size=VOCABULARY, head_size=8, **sizes)
     tensors = find(MODELS, "x070", flag="").initial_weights(shape)
     # initial checkpoints have zeros where a test wants something to move
     tensors = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in tensors.items()}
-    path = tmp_path_factory.mktemp("base") / "base.pth"
     save_tensors(path, tensors)
     return path
 
@@ -88,10 +97,10 @@ def base(tmp_path_factory):
 def train(base, tmp_path):
     """Run ``fit`` on the tiny model; returns result, model and the reported lines."""
 
-    def run(folder="run", rows=None, **values):
-        config = settings(load_model=str(base), proj_dir=str(tmp_path / folder), **values)
+    def run(folder="run", rows=None, checkpoint=base, **values):
+        config = settings(load_model=str(checkpoint), proj_dir=str(tmp_path / folder), **values)
         adapter = build_adapter(config.method.peft, config.method.peft_config, config.method.train_parts)
-        model = load_model(base, dtype=torch.float32)
+        model = load_model(checkpoint, dtype=torch.float32)
         for block in model.blocks:
             block.dropout = config.method.dropout
         if adapter is not None:
@@ -103,7 +112,7 @@ def train(base, tmp_path):
         recipe = Recipe(
             method=config.method.peft,
             config=adapter.settings() if adapter else {},
-            base_fingerprint=fingerprint(base),
+            base_fingerprint=fingerprint(checkpoint),
         )
         lines = []
         result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=lines.append)

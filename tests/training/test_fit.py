@@ -9,10 +9,12 @@ import signal
 import pytest
 import torch
 
+from rwkvpeft.adapters.base import Rates
 from rwkvpeft.checkpoints.adapter import load_adapter, load_recipe
 from rwkvpeft.checkpoints.files import load_tensors
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.module import RwkvModule
+from rwkvpeft.training.schedules import cosine
 
 FULL = {"peft": "none"}
 LORA = {"peft": "lora", "peft_config": {"r": 2, "lora_dropout": 0.3}, "train_parts": ["time", "ln"]}
@@ -219,3 +221,47 @@ def test_lightning_adds_no_words_of_its_own(train, capfd, recwarn):
     written = capfd.readouterr()
     assert (written.out, written.err) == ("", "")
     assert not [warning for warning in recwarn if "lightning" in warning.filename]
+
+
+def rates_of(monkeypatch):
+    """The learning rate and weight decay of each trained parameter in each step."""
+    seen = []
+    finish = RwkvModule._finish_step
+
+    def finish_and_look(self, *args):
+        finish(self, *args)
+        groups = self.trainer.optimizers[0].param_groups
+        seen.append({name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]})
+
+    monkeypatch.setattr(RwkvModule, "_finish_step", finish_and_look)
+    return seen
+
+
+def test_tensors_with_rates_of_their_own_follow_the_runs_schedule_between_them(train, monkeypatch):
+    own = {
+        "blocks.0.att.key.lora_A": Rates(2e-2, 1e-3, 0.3),
+        "blocks.0.att.key.lora_B": Rates(lr_init=0.0, lr_final=0.0),
+    }
+    monkeypatch.setattr("rwkvpeft.adapters.base.Adapter.rates", lambda self, name: own.get(name))
+    seen = rates_of(monkeypatch)
+    values = {**LORA, "warmup_steps": 3, "weight_decay": 0.1, "weight_decay_final": 0.0}
+    _, model, _ = train(**values)
+    ends = {"total_steps": 8, "warmup_steps": 3}
+    expected = [cosine(step, lr_init=2e-2, lr_final=1e-3, **ends) for step in range(8)]
+    others = [cosine(step, lr_init=1e-2, lr_final=1e-3, **ends) for step in range(8)]
+    assert [step["blocks.0.att.key.lora_A"] for step in seen] == [(rate, 0.3) for rate in expected]
+    assert [step["blocks.1.att.key.lora_A"] for step in seen] == [(rate, 0.0) for rate in others]
+    assert not model.get_parameter("blocks.0.att.key.lora_B").any()
+    assert model.get_parameter("blocks.1.att.key.lora_B").any()
+
+
+def test_an_adapter_is_called_after_each_step_while_the_gradients_are_there(train, monkeypatch):
+    calls = []
+
+    def note(self, model, step, total_steps):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        calls.append((step, total_steps, all(gradient is not None for gradient in gradients)))
+
+    monkeypatch.setattr("rwkvpeft.adapters.base.Adapter.after_step", note)
+    train(**LORA, accumulate_grad_batches=2)
+    assert calls == [(step, 4, True) for step in range(1, 5)]

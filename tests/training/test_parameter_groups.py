@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rwkvpeft.adapters.base import Rates
 from rwkvpeft.training.parameter_groups import parameter_groups
 
 
@@ -47,3 +48,20 @@ def test_adapter_tensors_are_not_decayed_and_frozen_ones_left_out():
     (group,) = parameter_groups(parameters, layerwise_lr=True, weight_decay=0.1)
     assert group["names"] == ["blocks.0.att.key.lora_A", "blocks.0.att.time_state"]
     assert (group["lr_scale"], group["weight_decay"]) == (1.0, 0.0)
+
+
+def test_own_rates_and_decay_make_groups_of_their_own():
+    table = {"a.lora_A": Rates(lr_init=1e-3), "b.lora_A": Rates(weight_decay=0.2), "c.weight": Rates(weight_decay=0.0)}
+    parameters = [(name, nn.Parameter(torch.ones(4, 4))) for name in (*table, "d.lora_A", "e.weight")]
+    groups = parameter_groups(parameters, layerwise_lr=True, weight_decay=0.1, rates=table.get)
+    settings = {
+        group["names"][0]: (group["lr_init"], group["lr_final"], group["weight_decay"], group["own_decay"])
+        for group in groups
+    }
+    assert settings == {
+        "a.lora_A": (1e-3, None, 0.0, False),
+        "b.lora_A": (None, None, 0.2, True),
+        "c.weight": (None, None, 0.0, True),
+        "d.lora_A": (None, None, 0.0, False),
+        "e.weight": (None, None, 0.1, False),
+    }

@@ -18,6 +18,7 @@ from rwkvpeft.checkpoints.adapter import Recipe, check_finite, save_adapter, sav
 from rwkvpeft.checkpoints.files import save_tensors
 from rwkvpeft.checkpoints.merge import merge_files
 from rwkvpeft.training.module import RwkvModule
+from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resume import (
     ResumePoint,
     capture,
@@ -44,6 +45,10 @@ class Checkpoints:
         self._adapter = adapter
         self._merged_into = merged_into
 
+    def constants(self, model: nn.Module) -> dict[str, Tensor]:
+        """What going on needs beside the trained tensors."""
+        return {} if self._adapter is None else self._adapter.constants(model)
+
     def save(self, model: nn.Module, *, epoch: int, step: int, loss: float | None) -> Path:
         """Write the checkpoint of mini-epoch ``epoch``; a crash leaves an older file whole.
 
@@ -57,10 +62,10 @@ class Checkpoints:
             save_recipe(path, recipe)
             save_tensors(path, tensors)
         elif self._merged_into is None:
-            save_adapter(path, self._adapter.trained_tensors(model), recipe)
+            save_adapter(path, self._adapter.file_tensors(model), recipe)
         else:
             beside = self._folder / f"rwkv-{epoch}-adapter.pth"
-            save_adapter(beside, self._adapter.trained_tensors(model), recipe)
+            save_adapter(beside, self._adapter.file_tensors(model), recipe)
             merge_files(self._merged_into, beside, path, recipe=recipe)
         return path
 
@@ -142,9 +147,10 @@ class Saving(pl.Callback):
         stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
         done = pl_module.mini_epoch_done
         if done and self._checkpoint_is_due(trainer, pl_module) and trainer.is_global_zero:
-            path = self._checkpoints.save(
-                pl_module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(pl_module)
-            )
+            with averaged(trainer.optimizers[0]):
+                path = self._checkpoints.save(
+                    pl_module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(pl_module)
+                )
             self._report(f"saved {path}")
         if stop or done or (self._save_steps > 0 and record.step % self._save_steps == 0):
             self._save_point(trainer, pl_module)
@@ -160,7 +166,8 @@ class Saving(pl.Callback):
 
     def _save_point(self, trainer: pl.Trainer, module: RwkvModule) -> None:
         if trainer.is_global_zero:
-            tensors = capture(module.model, trainer.optimizers[0], trainer.precision_plugin.state_dict())
+            constants = self._checkpoints.constants(module.model)
+            tensors = capture(module.model, trainer.optimizers[0], trainer.precision_plugin.state_dict(), constants)
             place = save_point(self._folder, tensors, module.progress, self._essentials)
             self._written = [path for path in self._written if path != place] + [place]
             prune_points(self._folder, self._written)

@@ -1,4 +1,4 @@
-"""Optimizers over parameter groups. Trained parameters are fp32 and thus their own master copy."""
+"""Adam, PyTorch's own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from rwkvpeft.config.groups import OptimizerConfig
+from rwkvpeft.training.optimizers.contract import OptimizerKind
 
 # device types whose Adam runs as one kernel over all parameters
 _FUSED = ("cpu", "cuda", "xpu")
@@ -17,9 +18,7 @@ def build_adam(groups: list[dict[str, Any]], config: OptimizerConfig, *, scaled_
     """Adam; with decoupled decay (AdamW) as soon as a group has weight decay.
 
     Args:
-        groups: from ``parameter_groups``; the learning rate is set before each step.
-        scaled_gradients: a gradient scaler is at work. The fused kernel would take the unscaling upon itself, after
-            clipping; it is not used then.
+        scaled_gradients: the fused kernel would take the unscaling upon itself, after clipping; it is not used then.
     Source: Kingma and Ba (arXiv 1412.6980), Loshchilov and Hutter (arXiv 1711.05101).
     """
     decays = any(group["weight_decay"] > 0 for group in groups)
@@ -34,4 +33,4 @@ def build_adam(groups: list[dict[str, Any]], config: OptimizerConfig, *, scaled_
     )
 
 
-build_adamw = build_adam
+ADAM = OptimizerKind(build_adam, moment_bytes=8)
