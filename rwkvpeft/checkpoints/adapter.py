@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rwkvpeft import __version__
+from rwkvpeft.adapters.build import recognise
 from rwkvpeft.atomic import write_whole
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
 from rwkvpeft.errors import UserError
@@ -27,7 +28,8 @@ class Recipe:
     """How a checkpoint was made.
 
     ``method`` is ``--peft``; ``config`` that method's full settings; ``shape`` the model's sizes by name;
-    ``base_fingerprint`` is ``files.fingerprint`` of the base; ``step`` counts optimizer steps.
+    ``base_fingerprint`` is ``files.fingerprint`` of the base; ``quant`` how its large linears were stored in training
+    (``quant_double``: the scales too; ``quant_head``: the head too); ``step`` counts optimizer steps.
     """
 
     method: str
@@ -38,6 +40,8 @@ class Recipe:
     version: str = ""
     shape: dict[str, Any] = field(default_factory=dict)
     quant: str = "none"
+    quant_double: bool = False
+    quant_head: bool = False
     tokenizer: str = ""
     ctx_len: int | None = None
     head_size_divisor: float = 8
@@ -71,6 +75,19 @@ class Recipe:
                             expected=f"format {FORMAT}", fix="pip install --upgrade rwkvpeft")
         known = {item.name for item in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def infer_recipe(tensors: Mapping[str, Tensor], source: str, *, alpha: float | None = None) -> Recipe:
+    """Tell the method of an adapter without a recipe from its tensors.
+
+    Args:
+        alpha: LoRA's alpha, which a file of tensors does not tell; None means the default.
+    Raises: UserError if the names are those of no known method.
+    """
+    method, config = recognise(tensors, source)
+    if alpha is not None and "lora_alpha" in config:
+        config["lora_alpha"] = alpha
+    return Recipe(method=method, config=config)
 
 
 def check_base(recipe: Recipe, base_model: Path | str) -> None:

@@ -11,7 +11,8 @@ import torch
 from rwkvpeft.checkpoints import merge
 from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
-from rwkvpeft.checkpoints.merge import infer_recipe, merge_files
+from rwkvpeft.checkpoints.adapter import infer_recipe
+from rwkvpeft.checkpoints.merge import merge_files
 from rwkvpeft.errors import UserError
 
 LORA = Recipe(method="lora", config={"r": 2, "lora_alpha": 8})
@@ -44,60 +45,11 @@ def files(tmp_path):
     return tmp_path / "base.pth", tmp_path / "rwkv-0.pth", tmp_path / "out.pth"
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("kind", ["lora", "state"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_merged_files_equal_upstreams(golden, tmp_path, kind, dtype):
-    output = tmp_path / "out.pth"
-    adapter = golden / f"peft_{kind}_{dtype}_adapter.pth"
-    merge_files(golden / f"peft_base_{dtype}.pth", adapter, output, recipe=infer_recipe(load_tensors(adapter), ""))
-    merged, expected = load_tensors(output), load_tensors(golden / f"peft_{kind}_{dtype}_merged.pth")
-    assert list(merged) == list(expected)
-    for name, tensor in expected.items():
-        assert merged[name].dtype == tensor.dtype
-        # upstream rounds B A to bf16, scales, rounds, and rounds the sum: here the sum is rounded once
-        rounding = 2**-7 if dtype == "bf16" and kind == "lora" else 1e-6
-        torch.testing.assert_close(merged[name], tensor, rtol=rounding, atol=rounding)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_merge_is_exact_up_to_one_rounding(golden, tmp_path, dtype):
-    base = load_tensors(golden / f"peft_base_{dtype}.pth")
-    adapter = golden / f"peft_lora_{dtype}_adapter.pth"
-    tensors = load_tensors(adapter)
-    merge_files(golden / f"peft_base_{dtype}.pth", adapter, tmp_path / "out.pth", recipe=infer_recipe(tensors, ""))
-    merged = load_tensors(tmp_path / "out.pth")
-    for name in (name for name in tensors if name.endswith("lora_A")):
-        weight = name.replace(".lora_A", ".weight")
-        exact = base[weight].double() + 4 * tensors[name.replace("_A", "_B")].double() @ tensors[name].double()
-        error = (merged[weight].double() - exact).abs()
-        half_step = 2.0**-8 if dtype == "bf16" else 2.0**-23
-        assert (error <= half_step * exact.abs() * 1.01 + 1e-6).all()
-
-
-@pytest.mark.golden
-def test_the_merged_weights_compute_what_upstreams_layers_compute(golden, tmp_path):
-    import numpy as np
-
-    adapter = golden / "peft_lora_fp32_adapter.pth"
-    merge_files(golden / "peft_base_fp32.pth", adapter, tmp_path / "out.pth",
-                recipe=infer_recipe(load_tensors(adapter), ""))
-    merged = load_tensors(tmp_path / "out.pth")
-    arrays = np.load(golden / "peft_forward_fp32.npz", allow_pickle=False)
-    layers = [key.split("|")[1] for key in arrays.files if key.startswith("lora_y|")]
-    assert layers
-    for layer in layers:
-        x = torch.from_numpy(arrays[f"x|{layer}"])
-        expected = torch.from_numpy(arrays[f"lora_y|{layer}"])
-        torch.testing.assert_close(x @ merged[f"{layer}.weight"].T, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_trained_parts_replace_base_tensors_and_the_rest_stays(files):
     base, adapter, output = files
     report = merge_files(base, adapter, output)
     merged, before, trained = load_tensors(output), load_tensors(base), load_tensors(adapter)
-    assert report == ("lora", 1, 1, 0, 6)
+    assert report == ("lora", 1, 1, 0, 6, "none")
     assert torch.equal(merged["blocks.0.ln1.weight"], trained["blocks.0.ln1.weight"])
     assert torch.equal(merged["head.weight"], before["head.weight"])
     update = 4 * trained["blocks.0.att.key.lora_B"] @ trained["blocks.0.att.key.lora_A"]
