@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
-from rwkvpeft.adapters.base import Adapter, build_adapter
+from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.adapter import Recipe, check_base, load_adapter
-from rwkvpeft.checkpoints.files import fingerprint, load_tensors
+from rwkvpeft.checkpoints.files import MappedTensors, load_tensors, save_tensors
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
+from rwkvpeft.checkpoints.quantised import Quantiser, find_packed, model_fingerprint, model_outline
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import MethodConfig, ModelConfig, RuntimeConfig, TrainConfig
 from rwkvpeft.config.resolve import Machine
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
-from rwkvpeft.models.shape import ModelShape, normalise_names, read_shape
+from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device
@@ -27,7 +30,11 @@ class Base:
 
     path: str
     shape: ModelShape
-    tensors: dict[str, torch.Tensor]
+    tensors: MappedTensors
+    outline: dict[str, torch.Tensor]
+    """Shapes and dtypes of the model's tensors."""
+    packed: str = "none"
+    """The format of a base that is quantised in its file."""
 
 
 def find_machine(accelerator: str) -> Machine:
@@ -46,8 +53,10 @@ def open_base(config: ModelConfig) -> Base:
 
     Raises: UserError if the file is not a model of ours, or naming each typed value beside the file's.
     """
-    tensors = normalise_names(load_tensors(config.load_model))
-    shape = read_shape(tensors, config.load_model)
+    tensors = MappedTensors(config.load_model)
+    packed = find_packed(tensors, config.load_model)
+    outline = model_outline(tensors, packed)
+    shape = read_shape(outline, config.load_model)
     told = {
         "my_testing": shape.version,
         "n_layer": shape.n_layer,
@@ -66,7 +75,8 @@ def open_base(config: ModelConfig) -> Base:
             fix=f"leave --{name} out: the file tells it",
         )
     findings.raise_any()
-    return Base(config.load_model, shape, tensors)
+    formats = {weight.format.name for weight in packed.values()}
+    return Base(config.load_model, shape, tensors, outline, ", ".join(sorted(formats)) or "none")
 
 
 def choose_operator(shape: ModelShape, runtime: RuntimeConfig) -> tuple[Choice, list[str]]:
@@ -100,6 +110,25 @@ def make_adapter(method: MethodConfig) -> Adapter | None:
     return build_adapter(method.peft, method.peft_config, parts)
 
 
+def make_quantiser(config: TrainConfig, adapter: Adapter | None) -> Quantiser | None:
+    """How the frozen linears are stored; None if as in the file.
+
+    Raises: UserError if the format or its package is not there.
+    """
+    method = config.method
+    if method.quant == "none" or adapter is None:
+        return None
+    # a GPU quantises faster, and the weights end up there anyway
+    device = find_device(config.runtime)
+    return Quantiser(
+        method.quant,
+        double=method.quant_double,
+        head=method.quant_head,
+        device=device if device == "cuda" else "cpu",
+        keep=adapter.trains,
+    )
+
+
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
     """The settings of a run all of whose rows are as long as the longest document, which some row will be."""
     assert config.data.ctx_len is not None
@@ -107,41 +136,52 @@ def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
     return replace(config, data=data)
 
 
-def read_start(base: Base, method: MethodConfig) -> dict[str, torch.Tensor] | None:
-    """The tensors of ``--adapter``, compared with the base they belong to; None if none is given.
+def read_start(base: Base, method: MethodConfig, adapter: Adapter | None) -> dict[str, torch.Tensor] | None:
+    """The trained tensors of ``--adapter``, compared with the base they belong to; None if none is given.
 
+    What else the file holds (PiSSA's start values) is handed to ``adapter``.
     Raises: UserError if the file is broken, of another method, or was trained on another base.
     """
-    if not method.adapter:
+    if not method.adapter or adapter is None:
         return None
     tensors, recipe = load_adapter(method.adapter)
     if recipe is not None:
         check_base(recipe, base.path)
-        if recipe.method != method.peft:
+        if recipe.method != adapter.name:
             raise UserError(
                 f"--adapter {method.adapter} was trained with another method",
                 found=recipe.method,
-                expected=method.peft,
+                expected=adapter.name,
                 fix=f"--peft {recipe.method}",
             )
-    return tensors
+    if method.adapter_init:
+        tensors = {**load_tensors(method.adapter_init), **tensors}
+    return adapter.take_constants(adapter.rename(tensors))
 
 
 def build_for_training(
     base: Base, config: TrainConfig, wkv: Choice, adapter: Adapter | None, start: dict[str, torch.Tensor] | None
 ) -> Rwkv:
-    """Load the model in the file's dtype and make trainable what the method trains.
+    """Load the model in the file's dtype, or quantised, and make trainable what the method trains.
 
     ``start`` holds the adapter's first values, if they are not new ones.
     Raises: UserError if the checkpoint or the adapter file does not fit.
     """
     model = build_model(base.shape, wkv.run, head_size_divisor=config.model.head_size_divisor)
-    fill_model(model, base.tensors, device="cpu", dtype=base.tensors["emb.weight"].dtype, source=base.path)
+    # an adapter's first values belong to the seed: a run killed before its first save starts with them again
+    torch.manual_seed(config.runtime.random_seed)
+    fill_model(
+        model,
+        base.tensors,
+        device="cpu",
+        dtype=base.outline["emb.weight"].dtype,
+        source=base.path,
+        quantiser=make_quantiser(config, adapter),
+        prepare=adapter.prepare if adapter else None,
+    )
     model.checkpointing = bool(config.runtime.grad_cp)
     for block in model.blocks:
         block.dropout = config.method.dropout  # type: ignore[assignment]
-    # an adapter's first values belong to the seed: a run killed before its first save starts with them again
-    torch.manual_seed(config.runtime.random_seed)
     if adapter is None:
         model.requires_grad_(True)
     else:
@@ -151,14 +191,27 @@ def build_for_training(
     return model
 
 
+def write_constants(config: TrainConfig, adapter: Adapter | None, model: Rwkv) -> None:
+    """Write what the adapter starts from and cannot be merged without, as ``init_pissa.pth``, into ``proj_dir``.
+
+    Every adapter file holds these tensors too; this file is for other programs.
+    """
+    constants = adapter.constants(model) if adapter else {}
+    if adapter is not None and constants:
+        save_tensors(Path(config.output.proj_dir) / f"init_{adapter.name.partition('+')[0]}.pth", constants)
+
+
 def make_recipe(base: Base, config: TrainConfig, adapter: Adapter | None) -> Recipe:
     """What merging or going on needs to know of this run."""
     return Recipe(
-        method=config.method.peft,
+        method=adapter.name if adapter else "none",
         config=adapter.settings() if adapter else {},
         train_parts=list(adapter.parts.names) if adapter else [],
         base_model=base.path.replace("\\", "/").rpartition("/")[2],
-        base_fingerprint=fingerprint(base.path),
+        base_fingerprint=model_fingerprint(base.path),
+        quant=base.packed if base.packed != "none" else config.method.quant,
+        quant_double=config.method.quant_double,
+        quant_head=config.method.quant_head,
         version=base.shape.version,
         shape=asdict(base.shape),
         tokenizer=config.data.tokenizer,

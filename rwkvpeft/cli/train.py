@@ -14,11 +14,12 @@ from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.config.resolve import Machine, resolve
 from rwkvpeft.config.settings_file import read_seed, write_settings
 from rwkvpeft.errors import UserError
-from rwkvpeft.registry import ADAPTERS, find
+from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 if TYPE_CHECKING:
     from rwkvpeft.checkpoints.adapter import Recipe
     from rwkvpeft.data.datamodule import TrainingData
+    from rwkvpeft.training.resume import ResumePoint
 
 _NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
 
@@ -52,12 +53,15 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.preview import preview
     from rwkvpeft.memory import check_memory
     from rwkvpeft.training.fit import fit
+    from rwkvpeft.training.optimizers.contract import find_optimizer
+    from rwkvpeft.training.strategies import find_device
 
     seed = config.runtime.random_seed
     base = assemble.open_base(config.model)
     adapter = assemble.make_adapter(config.method)
     operator, more = assemble.choose_operator(base.shape, config.runtime)
-    start = assemble.read_start(base, config.method)
+    start = assemble.read_start(base, config.method, adapter)
+    find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
     check_memory(base.shape, config)
     assert config.data.ctx_len is not None
     dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
@@ -68,11 +72,14 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         return 0
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
-    _check_resume(config, recipe, data)
+    point = _check_resume(config, recipe, data)
+    if point is not None and adapter is not None:
+        adapter.take_constants(point.constants())
     model = assemble.build_for_training(base, config, operator, adapter, start)
     for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator)]:
         _say(line)
     if _is_first_process():
+        assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", config)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say)
     for line in report.end_lines(config, result):
@@ -81,8 +88,13 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
 
 
 def _method_settings(method: str) -> type | None:
-    settings: type = find(ADAPTERS, method, flag="--peft").Config
-    return settings
+    name = method.partition("+")[0]
+    if name in ADAPTER_SETTINGS:
+        settings: type = find(ADAPTER_SETTINGS, name, flag="--peft")
+        return settings
+    from rwkvpeft.adapters.huggingface import method_settings
+
+    return method_settings(name)
 
 
 def _machine(given: dict[str, Any]) -> Machine:
@@ -128,19 +140,20 @@ def _say(line: str) -> None:
         print(line)
 
 
-def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> None:
-    """Refuse to go on with other settings before anything is written."""
+def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> ResumePoint | None:
+    """The point the run goes on from, if any. Refuses other settings before anything is written."""
     from rwkvpeft.training.fit import essential_settings
     from rwkvpeft.training.module import RunPlan
     from rwkvpeft.training.resume import check_essentials, find_point
 
     point = find_point(config.output, _say)
     if point is None:
-        return
+        return None
     steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)
     schedule = config.schedule
     plan = RunPlan(steps, schedule.epoch_count, schedule.accumulate_grad_batches, schedule.epoch_begin)
     check_essentials(point, essential_settings(config, recipe, plan))
+    return point
 
 
 def _out_of_memory(config: TrainConfig, reason: BaseException) -> UserError:
