@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -16,16 +18,24 @@ def bitsandbytes_functions() -> Any:
 
     Raises: UserError if the package is not installed or cannot be loaded.
     """
-    remarks = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    remarks.addFilter(_is_of_use)
     try:
-        return import_module("bitsandbytes.functional")
+        with without_remarks():
+            return import_module("bitsandbytes.functional")
     except ImportError as reason:
         raise UserError(
             "--quant int8, nf4 and fp4 need the package bitsandbytes",
             found=reason,
             fix="pip install 'rwkvpeft[bnb]', or --quant fp8, which needs no package",
         ) from reason
+
+
+@contextmanager
+def without_remarks() -> Generator[None, None, None]:
+    """Inside the block bitsandbytes is imported without its advice about a download that nothing here would use."""
+    remarks = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    remarks.addFilter(_is_of_use)
+    try:
+        yield
     finally:
         remarks.removeFilter(_is_of_use)
 

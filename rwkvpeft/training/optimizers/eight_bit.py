@@ -10,7 +10,6 @@ Source: Dettmers et al., 8-bit Optimizers (arXiv 2110.02861) and QLoRA (arXiv 23
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -20,26 +19,16 @@ from torch.optim import Optimizer
 
 from rwkvpeft.config.groups import OptimizerConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.quantization.library import without_remarks
 from rwkvpeft.training.optimizers.contract import OptimizerKind, needed_package
 
 _DEVICES = ("cpu", "cuda", "xpu")
 
 
 def bitsandbytes() -> ModuleType:
-    """Import the package without its advice about a download that nothing here would use.
-
-    Raises: UserError if it is missing.
-    """
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.addFilter(_is_of_use)
-    try:
+    """The package. Raises: UserError if it is missing."""
+    with without_remarks():
         return needed_package("bitsandbytes", extra="bnb")
-    finally:
-        logger.removeFilter(_is_of_use)
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def _check(device_type: str, *, paged: str = "") -> None:
