@@ -32,7 +32,7 @@ def evaluate(model: Rwkv, batches: Iterable[TokenBatch]) -> Evaluation:
     Raises: UserError if nothing has weight.
     """
     objective = LanguageModelling(logit_penalty=0.0)
-    device = model.head.weight.device
+    device = model.emb.weight.device
     one = torch.ones((), device=device)
     loss = tokens = 0.0
     for batch in batches:

@@ -48,7 +48,7 @@ class TextGenerator:
 
         Returns: the logits (V,) after the last token, and the state there.
         """
-        device = self.model.head.weight.device
+        device = self.model.emb.weight.device
         for start in range(0, len(tokens), self.chunk):
             chunk = torch.tensor([tokens[start : start + self.chunk]], dtype=torch.int64, device=device)
             hidden, state = self.model.hidden(chunk, state)

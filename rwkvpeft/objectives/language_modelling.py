@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.models.layers import Linear
 from rwkvpeft.objectives.base import Loss
-from rwkvpeft.ops.cross_entropy import linear_cross_entropy
+from rwkvpeft.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
+from rwkvpeft.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,16 @@ class LanguageModelling:
         tokens = batch.weights.sum()
         if normaliser is None:
             normaliser = tokens.where(tokens > 0, 1.0)
-        total = linear_cross_entropy(
-            hidden,
-            model.head.weight,
-            batch.labels,
-            batch.weights,
-            normaliser=normaliser,
-            logit_penalty=self.logit_penalty,
-            chunk_rows=self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
-        )
+        settings: dict[str, Any] = {
+            "normaliser": normaliser,
+            "logit_penalty": self.logit_penalty,
+            "chunk_rows": self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
+        }
+        head = model.head
+        if isinstance(head, Linear | QuantizedLinear):
+            # a dequantised head lives until the loss is there: its gradients are worked out with it
+            weight = head.weight if isinstance(head, Linear) else head.dequantized(hidden.dtype)
+            total = linear_cross_entropy(hidden, weight, batch.labels, batch.weights, **settings)
+        else:
+            total = head_cross_entropy(hidden, head, batch.labels, batch.weights, **settings)
         return Loss(total, tokens, {})

@@ -15,11 +15,13 @@ well, takes the first index of equal maxima, and scales with the incoming gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 _ARGMAX_BLOCK = 256
 # elements of logits worked on at once: what stays in a processor's cache, and what fills a GPU
@@ -74,6 +76,62 @@ def linear_cross_entropy(
         return loss
     rows = _Rows(flat, head_weight.to(flat.dtype), labels, weights, None)
     return _run(rows, chunk_rows, None, None) / normaliser
+
+
+def head_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    normaliser: Tensor,
+    logit_penalty: float,
+    chunk_rows: int,
+) -> Tensor:
+    """``linear_cross_entropy`` for a head that is more than a matrix, as one with an adapter on it.
+
+    The logits of a chunk are made by calling ``head`` on (rows, C), and once more in the backward pass, so that all of
+    them never exist at once. Gradients reach whatever ``head`` trains.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    weights = weights.reshape(-1).to(dtype)
+    normaliser = normaliser.to(device=hidden.device, dtype=dtype)
+    wrap = normaliser * (logit_penalty / max(len(flat), 1)) if logit_penalty > 0 else None
+    trained = weights != 0
+    # where the weight is 0 a label may be anything
+    labels = labels.where(trained, 0)
+
+    def chunk_loss(rows: Tensor, row_labels: Tensor, row_weights: Tensor) -> Tensor:
+        logits = head(rows)
+        each = F.cross_entropy(logits.to(dtype), row_labels, reduction="none")
+        loss = (each * row_weights).sum()
+        return loss if wrap is None else cast(Tensor, _Pull.apply(loss, logits, wrap))
+
+    # 0, and part of the graph: a batch in which nothing has weight must have a backward pass too
+    total = flat[:0].sum().to(dtype)
+    for index in _chunks(trained if wrap is None else torch.ones_like(trained), chunk_rows):
+        part = checkpoint(chunk_loss, flat[index], labels[index], weights[index], use_reentrant=False)
+        total = total + cast(Tensor, part)
+    return total / normaliser
+
+
+class _Pull(torch.autograd.Function):
+    """The loss as it is; in the gradient each row's largest logit is pulled towards 0."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: Tensor, wrap: Tensor) -> Tensor:
+        top, index = _first_max(logits)
+        ctx.save_for_backward(top, index, wrap)
+        ctx.vocab_size = logits.shape[1]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        top, index, wrap = ctx.saved_tensors
+        pull = (top.to(wrap.dtype) * wrap * grads[0]).to(top.dtype)
+        grad_logits = pull.new_zeros(len(pull), ctx.vocab_size).scatter_(1, index[:, None], pull[:, None])
+        return grads[0], grad_logits, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -102,7 +102,8 @@ def _strategy(runtime: RuntimeConfig) -> Any:
     alone = runtime.devices * runtime.num_nodes == 1
     if alone and name == "auto":
         return "auto"
-    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
+    # the buffers are quantised weights, which no step changes
+    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def _refuse(name: str) -> None:
@@ -115,12 +116,15 @@ def place_model(model: nn.Module, precision: str, device: torch.device | str = "
     """Give parameters the dtypes of a training run, and move them to ``device``.
 
     Frozen parameters rest in the compute dtype, trained ones in fp32, so that small steps are not lost to rounding;
+    buffers, the parts of quantised weights, keep their dtypes;
     ``model.compute_dtype`` is set. A frozen fp32 ``time_state`` stays: the recurrence starts from it in fp32.
     """
     compute = COMPUTE_DTYPES[precision]
     for name, parameter in model.named_parameters():
         kept = parameter.requires_grad or name.endswith(".time_state")
         parameter.data = parameter.data.to(device=device, dtype=torch.float32 if kept else compute)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
     model.compute_dtype = compute  # type: ignore[assignment]
 
 

@@ -25,7 +25,8 @@ class Script:
     def __init__(self, *answers: bytes, vocab_size: int = 256):
         self.answers = list(answers)
         self.shape = SimpleNamespace(vocab_size=vocab_size)
-        self.head = Identity()
+        self.emb = SimpleNamespace(weight=torch.zeros(1))
+        self.head = torch.nn.Identity()
         self.calls: list[int] = []
         self.plan = b""
 
@@ -42,15 +43,6 @@ class Script:
 
     def generator(self, **settings):
         return TextGenerator(self, load_tokenizer("bytes"), **settings)
-
-
-class Identity(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.zeros(1)
-
-    def forward(self, x):
-        return x
 
 
 def said(model: Script, prompt: str = "Q:", max_tokens: int = 50, **settings) -> list[str]:

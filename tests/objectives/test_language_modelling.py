@@ -8,7 +8,10 @@ import torch
 
 from rwkvpeft import load_model
 from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.models.layers import Linear
 from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.quantization.format import build_format
+from rwkvpeft.quantization.linear import QuantizedLinear
 
 
 def batch_of(tokens, targets):
@@ -51,7 +54,8 @@ class Table(torch.nn.Module):
     def __init__(self, vocabulary=11, channels=4):
         super().__init__()
         self.emb = torch.nn.Embedding(vocabulary, channels)
-        self.head = torch.nn.Linear(channels, vocabulary, bias=False)
+        self.head = Linear(channels, vocabulary)
+        torch.nn.init.normal_(self.head.weight)
 
     def hidden(self, tokens, state=None):
         return self.emb(tokens), state
@@ -76,3 +80,40 @@ def test_a_batch_of_weight_zero_has_loss_and_gradient_zero():
     assert loss.total == 0
     assert loss.tokens == 0
     assert not model.emb.weight.grad.any()
+
+
+class Wrapped(torch.nn.Module):
+    """A head with something around it, as an adapter leaves it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def loss_and_gradient(model, batch):
+    model.zero_grad()
+    loss = LanguageModelling(logit_penalty=0.1, chunk_rows=4)(model, batch).total
+    loss.backward()
+    return loss.detach(), model.emb.weight.grad.clone()
+
+
+def test_a_quantised_head_trains_as_its_dequantised_weight_does():
+    model = Table()
+    batch = batch_of(torch.randint(11, (4, 6)), torch.randint(11, (4, 6)))
+    quantised = QuantizedLinear.from_weight(model.head.weight, build_format("fp8"))
+    model.head.weight.data = quantised.dequantized()
+    expected = loss_and_gradient(model, batch)
+    model.head = quantised
+    torch.testing.assert_close(loss_and_gradient(model, batch), expected, rtol=0, atol=0)
+
+
+def test_a_wrapped_head_trains_as_the_bare_one():
+    model = Table()
+    batch = batch_of(torch.randint(11, (4, 6)), torch.randint(11, (4, 6)))
+    expected, head_gradient = loss_and_gradient(model, batch), model.head.weight.grad.clone()
+    model.head = Wrapped(model.head)
+    torch.testing.assert_close(loss_and_gradient(model, batch), expected)
+    torch.testing.assert_close(model.head.base.weight.grad, head_gradient)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkvpeft.ops.cross_entropy import linear_cross_entropy
+from rwkvpeft.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
 
 
 class Wrap(torch.autograd.Function):
@@ -40,6 +40,32 @@ def inputs(vocabulary=37, dtype=torch.float64, shape=(3, 7), channels=5):
     labels = torch.randint(vocabulary, shape, generator=generator)
     weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.4)
     return hidden, head, torch.where(weights > 0, labels, -100), weights
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_a_head_that_is_called_gives_the_loss_and_gradients_of_whole_logits(penalty, chunk_rows):
+    hidden, head, labels, weights = inputs()
+    normaliser = torch.tensor(2.5)
+    ours = head_cross_entropy(
+        hidden, lambda rows: rows @ head.T, labels, weights,
+        normaliser=normaliser, logit_penalty=penalty, chunk_rows=chunk_rows,
+    )
+    expected = whole_logits(hidden, head, labels, weights, normaliser, penalty)
+    torch.testing.assert_close(ours, expected)
+    ours_grads = torch.autograd.grad(ours * 3, (hidden, head))
+    torch.testing.assert_close(ours_grads, torch.autograd.grad(expected * 3, (hidden, head)))
+
+
+def test_a_called_head_has_a_backward_pass_where_nothing_has_weight():
+    hidden, head, labels, weights = inputs()
+    loss = head_cross_entropy(
+        hidden, lambda rows: rows @ head.T, labels, torch.zeros_like(weights),
+        normaliser=torch.tensor(1.0), logit_penalty=0, chunk_rows=4,
+    )
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
 
 
 @pytest.mark.parametrize("vocabulary", [3, 37, 256, 700])

@@ -7,6 +7,8 @@ import torch
 
 from rwkvpeft.config.groups import RuntimeConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.quantization.format import build_format
+from rwkvpeft.quantization.linear import QuantizedLinear
 from rwkvpeft.training.strategies import ScaledGradients, find_device, matmul_precision, place_model, trainer_arguments
 
 
@@ -60,3 +62,11 @@ def test_tf32_is_set_for_the_run_alone():
     with matmul_precision("tf32"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_parts_of_a_quantised_weight_keep_their_dtypes():
+    model = torch.nn.Sequential(QuantizedLinear.from_weight(torch.randn(4, 6), build_format("fp8")))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    place_model(model, "bf16")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
