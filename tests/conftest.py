@@ -28,3 +28,4 @@ def _seeded() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the kill -9 drill kills its run")
+    parser.addoption("--support-report", help="write which adapter works on which base to this json file")
