@@ -90,10 +90,12 @@ class OptimizerConfig:
 
     optim: str = flag(
         "none",
-        help="none, adam, adamw: Adam, decoupled decay when --weight_decay > 0; ...8bit: 8-bit moments; paged_...: "
-        "moments that can leave a full GPU; lion: a tenth of Adam's rate fits; adafactor: hardly any moments; "
-        "muon: Muon for matrices, Adam for the rest; schedule_free: AdamW at a constant rate, weights averaged",
+        help="none, adam, adamw: Adam, decoupled decay when --weight_decay > 0; adam8bit, adamw8bit: 8-bit moments; "
+        "paged_ before any of these (paged_adam8bit): moments can leave a full GPU; lion, lion8bit: a tenth of Adam's "
+        "rates fits; adafactor: hardly any moments; muon: Muon for matrices, Adam for the rest; schedule_free: AdamW "
+        "at a constant rate, weights averaged",
         choices=OPTIMIZERS,
+        metavar="NAME",
         alias="optimizer",
     )
     beta1: float = flag(0.9, help="decay of the first moment")
@@ -121,7 +123,7 @@ class MethodConfig:
         {}, help="the method's settings; --peft METHOD --help lists them", metavar="JSON"
     )
     layer_profile: str = flag(
-        "", help="CSV or YAML file that gives each layer and part a method, rank and rates", metavar="FILE"
+        "", help="CSV or YAML file with each layer's method, rank and rates; --peft state adds the states", metavar="FILE"
     )
     quant: str = flag(
         "none",

@@ -169,3 +169,7 @@ def test_other_settings_than_those_of_the_run_that_would_go_on(train, tmp_path):
     assert code == 2
     assert "lr_init 0.5" in errors
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_an_optimizer_that_this_machine_cannot_run(mistake):
+    assert "--optim adam8bit" in mistake("--optim", "paged_adam8bit")

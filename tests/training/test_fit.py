@@ -265,3 +265,18 @@ def test_an_adapter_is_called_after_each_step_while_the_gradients_are_there(trai
     monkeypatch.setattr("rwkvpeft.adapters.base.Adapter.after_step", note)
     train(**LORA, accumulate_grad_batches=2)
     assert calls == [(step, 4, True) for step in range(1, 5)]
+
+
+def test_an_adapter_is_not_called_after_a_step_that_overflowed(train, monkeypatch):
+    calls = []
+    clip = RwkvModule.configure_gradient_clipping
+
+    def overflow_once(self, *args, **kwargs):
+        clip(self, *args, **kwargs)
+        if self.progress.step == 1:
+            self._figures[1] = math.inf
+
+    monkeypatch.setattr(RwkvModule, "configure_gradient_clipping", overflow_once)
+    monkeypatch.setattr("rwkvpeft.adapters.base.Adapter.after_step", lambda _, model, step, total: calls.append(step))
+    train(**LORA, epoch_count=1)
+    assert calls == [1, 3, 4]
