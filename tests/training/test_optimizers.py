@@ -282,6 +282,14 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, optim, ex
     assert f"pip install 'rwkvpeft[{extra}]'" in caught.value.fix
 
 
+def test_a_bitsandbytes_that_is_too_old_for_a_cpu_is_refused_there(monkeypatch):
+    package = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(package, "__version__", "0.49.2")
+    with pytest.raises(UserError, match="for GPUs alone"):
+        find_optimizer("lion").check("cpu")
+    find_optimizer("lion").check("cuda")
+
+
 def test_adam_mini_is_refused_with_the_reason():
     with pytest.raises(UserError, match="names of transformers"):
         parse_train(["--optim", "adam_mini"])

@@ -23,6 +23,7 @@ from rwkvpeft.quantization.library import without_remarks
 from rwkvpeft.training.optimizers.contract import OptimizerKind, needed_package
 
 _DEVICES = ("cpu", "cuda", "xpu")
+_FIRST_ON_CPU = (0, 50)
 
 
 def bitsandbytes() -> ModuleType:
@@ -32,7 +33,10 @@ def bitsandbytes() -> ModuleType:
 
 
 def _check(device_type: str, *, paged: str = "") -> None:
-    """Raises: UserError if the package is missing or has no program for the device. ``paged`` is a paged one's name."""
+    """Raises: UserError if the package is missing, too old, or has no program for the device.
+
+    ``paged`` is the name of a paged one.
+    """
     if paged and device_type != "cuda":
         raise UserError(
             f"--optim {paged} needs an NVIDIA GPU, whose memory its moments can leave",
@@ -41,7 +45,14 @@ def _check(device_type: str, *, paged: str = "") -> None:
         )
     if device_type not in _DEVICES:
         raise UserError(f"bitsandbytes has no optimizer for {device_type}", expected=_DEVICES, fix="--optim adam")
-    bitsandbytes()
+    version = bitsandbytes().__version__
+    if device_type == "cpu" and tuple(map(int, version.split(".")[:2])) < _FIRST_ON_CPU:
+        raise UserError(
+            "this bitsandbytes has optimizers for GPUs alone",
+            found=version,
+            expected=".".join(map(str, _FIRST_ON_CPU)),
+            fix="pip install -U bitsandbytes, or --optim adam",
+        )
 
 
 def _build(
