@@ -17,7 +17,8 @@ from torch import Tensor
 from rwkvpeft import __version__
 from rwkvpeft.adapters.build import recognise
 from rwkvpeft.atomic import write_whole
-from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
+from rwkvpeft.checkpoints.files import load_tensors, save_tensors
+from rwkvpeft.checkpoints.quantised import model_fingerprint
 from rwkvpeft.errors import UserError
 
 FORMAT = 1
@@ -28,8 +29,8 @@ class Recipe:
     """How a checkpoint was made.
 
     ``method`` is ``--peft``; ``config`` that method's full settings; ``shape`` the model's sizes by name;
-    ``base_fingerprint`` is ``files.fingerprint`` of the base; ``quant`` how its large linears were stored in training
-    (``quant_double``: the scales too; ``quant_head``: the head too); ``step`` counts optimizer steps.
+    ``base_fingerprint`` is ``quantised.model_fingerprint`` of the base; ``quant`` how its large linears were stored in
+    training (``quant_double``: the scales too; ``quant_head``: the head too); ``step`` counts optimizer steps.
     """
 
     method: str
@@ -98,7 +99,7 @@ def check_base(recipe: Recipe, base_model: Path | str) -> None:
     base_model = Path(base_model)
     if not recipe.base_fingerprint or not base_model.is_file():
         return
-    found = fingerprint(base_model)
+    found = model_fingerprint(base_model)
     if found != recipe.base_fingerprint:
         raise UserError(
             f"{base_model} is not the model this adapter was trained on",

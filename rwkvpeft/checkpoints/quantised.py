@@ -8,6 +8,7 @@ tells which model it was made of.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkvpeft.checkpoints.files import fingerprint, load_tensors, outline_of
+from rwkvpeft.atomic import write_whole
+from rwkvpeft.checkpoints.files import MappedTensors, fingerprint, load_tensors, outline_of
+from rwkvpeft.checkpoints.stream import Spec, write_tensors
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.names import is_large_linear
+from rwkvpeft.models.shape import read_shape
 from rwkvpeft.quantization.format import Format, build_format
 from rwkvpeft.quantization.linear import QuantizedLinear
 
@@ -126,17 +130,99 @@ def model_outline(tensors: Mapping[str, Tensor], packed: Mapping[str, PackedWeig
     return plain | {name: torch.empty(weight.shape, device="meta") for name, weight in packed.items()}
 
 
+class Quantisation(NamedTuple):
+    """How a model's large linears are stored, in the words of ``--quant``, ``--quant_double`` and ``--quant_head``."""
+
+    quant: str = "none"
+    double: bool = False
+    head: bool = False
+
+
+def quantisation_of(packed: Mapping[str, PackedWeight]) -> Quantisation:
+    """How the weights of a quantised file are stored; ``none`` for an ordinary checkpoint."""
+    for weight in packed.values():
+        return Quantisation(weight.format.name, weight.format.is_double, HEAD in packed)
+    return Quantisation()
+
+
 def model_fingerprint(path: Path | str) -> str:
     """``files.fingerprint`` of a checkpoint; for a quantised one, that of the model it was made of.
 
     Adapters trained on either can thus be used with both, and merged into the original.
     """
-    try:
-        told = load_tensors(path).get(FINGERPRINT)
-    except UserError:
-        # whatever is wrong with it as a checkpoint is for those to say who load it
-        told = None
+    told = None
+    if zipfile.is_zipfile(path):
+        try:
+            told = load_tensors(path).get(FINGERPRINT)
+        except UserError:
+            # whatever is wrong with it as a checkpoint is for those to say who load it
+            told = None
     return fingerprint(path) if told is None else bytes(told.tolist()).hex()
+
+
+class QuantiseReport(NamedTuple):
+    """How many weights were packed, and the sizes of both files in bytes."""
+
+    packed: int
+    source_bytes: int
+    output_bytes: int
+
+
+def quantise_file(source: Path | str, output: Path | str, quantiser: Quantiser) -> QuantiseReport:
+    """Write a checkpoint with its large linears packed, tensor by tensor; all others as they are.
+
+    ``load_model`` of the output gives the model that ``load_model`` of the source with ``quantiser`` gives. Memory is
+    bounded by the largest tensor.
+    Raises: UserError if the source is no model or quantised already, would be overwritten, holds NaN or infinity, or
+        if the output cannot be written; nothing is left behind then.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and output.samefile(source):
+        raise UserError("--output would overwrite the model", found=output, fix="choose another name for --output")
+    tensors = MappedTensors(source)
+    refuse_quantised(tensors, source, "quantising")
+    read_shape(tensors.outline, str(source))
+    specs, parts = _packed_specs(tensors.outline, quantiser)
+    identity = torch.tensor(list(bytes.fromhex(fingerprint(source))), dtype=torch.uint8)
+    specs[FINGERPRINT] = Spec(tuple(identity.shape), identity.dtype)
+    current: dict[str, dict[str, Tensor]] = {}
+
+    def produce(name: str) -> Tensor:
+        if name == FINGERPRINT:
+            return identity
+        if name not in parts:
+            return tensors[name]
+        weight, part = parts[name]
+        if part == "shape":
+            return torch.tensor(tensors.outline[weight].shape)
+        if weight not in current:
+            # the parts of one weight come one after another: no more than one weight is held
+            current.clear()
+            current[weight] = quantiser.module(weight, tensors[weight]).packed()
+        return current[weight][part]
+
+    write_whole(output, lambda partial: write_tensors(partial, specs, produce))
+    packed = {weight for weight, _ in parts.values()}
+    return QuantiseReport(len(packed), source.stat().st_size, output.stat().st_size)
+
+
+def _packed_specs(
+    outline: Mapping[str, Tensor], quantiser: Quantiser
+) -> tuple[dict[str, Spec], dict[str, tuple[str, str]]]:
+    """What the file will hold, and for each part of a packed weight the weight's name and the part's."""
+    specs: dict[str, Spec] = {}
+    parts: dict[str, tuple[str, str]] = {}
+    for name, tensor in outline.items():
+        if not quantiser.takes(name):
+            specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
+            continue
+        out_features, in_features = tensor.shape
+        layout = quantiser.format.layout((out_features, in_features))
+        for part, (sizes, dtype) in {"shape": ((2,), torch.int64), **layout}.items():
+            place = f"{name}.{quantiser.format.name}.{part}"
+            specs[place] = Spec(sizes, dtype)
+            parts[place] = (name, part)
+    return specs, parts
 
 
 def refuse_quantised(names: Iterable[str], path: Path | str, use: str) -> None:
@@ -144,5 +230,5 @@ def refuse_quantised(names: Iterable[str], path: Path | str, use: str) -> None:
     if any(_PACKED.fullmatch(name) for name in names):
         raise UserError(
             f"{path} is a quantised model, and {use} needs the original",
-            fix="give the full-precision checkpoint it was made of; --quant then quantises it as training did",
+            fix="give the full-precision checkpoint it was made of",
         )

@@ -32,9 +32,14 @@ class Format(ABC):
     """Whether the format takes ``double=True``: its scales are quantised in turn."""
 
     @property
+    def is_double(self) -> bool:
+        """Whether the scales are quantised too."""
+        return False
+
+    @property
     def label(self) -> str:
         """How messages call the format."""
-        return self.name
+        return f"{self.name} with quantised scales" if self.is_double else self.name
 
     @property
     @abstractmethod

@@ -35,9 +35,9 @@ class FourBit(Format):
     double: bool = False
 
     @property
-    def label(self) -> str:
-        """See ``Format.label``."""
-        return f"{self.name} with quantised scales" if self.double else self.name
+    def is_double(self) -> bool:
+        """See ``Format.is_double``."""
+        return self.double
 
     @property
     def bits(self) -> float:
