@@ -23,7 +23,8 @@ def shift_tokens(x: Tensor, last: Tensor | None = None) -> Tensor:
 
 def last_token(x: Tensor, before: Tensor | None = None) -> Tensor | None:
     """The last token of (B, T, C), (B, C); with T = 0 the one that came before."""
-    return x[:, -1] if x.shape[1] else before
+    # a copy: a view would keep all tokens of every layer in memory for as long as the state lives
+    return x[:, -1].clone() if x.shape[1] else before
 
 
 def mix_with_previous(x: Tensor, last: Tensor | None, mixes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,104 @@
+"""One training step on tensors without data, and how many bytes would have been alive at its worst moment.
+
+The step is the real one: forward, loss and backward of the model, its adapters and its operator, with or without
+checkpointing. What it allocates is counted when it is made and when it is let go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.objectives.base import Objective
+
+
+class Moment(NamedTuple):
+    """Bytes alive beside the weights at one moment, and how many of them were gradients of trained parameters."""
+
+    bytes: int
+    gradients: int
+
+
+def run_step(model: Rwkv, objective: Objective, rows: int, tokens: int, *, accumulates: bool) -> dict[str, Moment]:
+    """Run one step of an outline; it has gradients afterwards.
+
+    Args:
+        rows, tokens: of the micro-batch.
+        accumulates: whether gradients of earlier micro-batches are there already.
+    Returns: the worst moment of each phase: ``forward`` (with the loss), ``last block`` (until its backward pass is
+        over) and ``backward`` (of all others).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tally = _Tally([*model.parameters(), *model.buffers()])
+    with tally:
+        if accumulates:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+                tally.gradients += parameter.nbytes
+        else:
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(tally.add_gradient)
+        model.blocks[-1].register_forward_pre_hook(tally.watch_input)
+        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+        weights = torch.empty(rows, tokens, device="meta")
+        batch = TokenBatch(ids, ids, weights, weights.sum())
+        total = objective(model, batch, batch.step_weight).total
+        tally.phase = "last block"
+        total.backward()
+    return tally.worst
+
+
+class _Tally(TorchDispatchMode):
+    """Bytes of all storages made while it is active and still alive."""
+
+    def __init__(self, at_rest: list[Tensor]) -> None:
+        super().__init__()
+        self.alive = 0
+        self.gradients = 0
+        self.phase = "forward"
+        self.worst: dict[str, Moment] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in at_rest}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            # which tokens are trained is not known: as many as there are
+            made = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
+        else:
+            made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.alive += storage.nbytes()
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+        if self.phase not in self.worst or self.alive > self.worst[self.phase].bytes:
+            self.worst[self.phase] = Moment(self.alive, self.gradients)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.nbytes
+
+    def watch_input(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """The gradient of the last block's input marks the end of its backward pass."""
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(self._leave_last_block)
+
+    def _leave_last_block(self, gradient: Tensor) -> None:
+        self.phase = "backward"

@@ -1,0 +1,113 @@
+"""The peak to expect of a run on one device, by what takes it.
+
+Tensors alone: ``OVERHEAD_BYTES`` come on top, and the allocator's slack, a few percent. The WKV operator
+is the one in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.checkpoints.quantised import Quantisation
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.memory.dry_run import Moment, run_step
+from rwkvpeft.memory.outline import UNPACKED, count, training_outline
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.shape import ModelShape
+from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.registry import OPTIMIZERS, find
+
+# blocks that are run to learn what one more of them adds
+_FEW = 3
+_CPU_LOGIT_ROWS = 256
+
+OVERHEAD_BYTES = {"cuda": 500_000_000, "cpu": 500_000_000}
+"""About what is there beside tensors: a CUDA context with its libraries; on a CPU the interpreter with PyTorch and
+Lightning."""
+
+
+class Expected(NamedTuple):
+    """Bytes on one device at the worst moment of a step.
+
+    ``frozen``: weights and packed weights that are not trained; ``trained``: trained numbers in fp32; ``optimizer``:
+    its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass keeps for the
+    backward pass, logits, dequantised weights and all other temporaries at that moment.
+    """
+
+    frozen: int
+    trained: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def expect(
+    shape: ModelShape,
+    config: TrainConfig,
+    make_adapter: Callable[[ModelShape], Adapter | None],
+    packed: Quantisation = UNPACKED,
+) -> Expected:
+    """What a run with these settings will need. Rows are taken to be ``ctx_len`` long.
+
+    Deep models are run with a few blocks, and what one block adds is added for the others: they are alike unless
+    settings tell one from another.
+
+    Args:
+        make_adapter: a new adapter for a model of some shape; None for full training.
+        packed: how the base's own file stores its large linears.
+    Raises: UserError if the settings do not suit the sizes.
+    """
+    counts = count(training_outline(shape, config, make_adapter(shape), packed))
+
+    def step(layers: int) -> dict[str, Moment]:
+        part = replace(shape, n_layer=layers)
+        return _step(training_outline(part, config, make_adapter(part), packed), config)
+
+    if shape.n_layer <= _FEW + 1 or _differ(config):
+        moments = step(shape.n_layer)
+    else:
+        few, more = step(_FEW), step(_FEW + 1)
+        moments = {phase: _continued(few[phase], more[phase], shape.n_layer - _FEW) for phase in more}
+    # when the optimizer takes its step, all gradients are there and nothing else
+    moments["step"] = Moment(4 * counts.trained, 4 * counts.trained)
+    worst = max(moments.values())
+    return Expected(
+        frozen=counts.frozen_bytes,
+        trained=4 * counts.trained,
+        optimizer=counts.trained * moment_bytes(config.optimizer.optim),
+        gradients=worst.gradients,
+        activations=worst.bytes - worst.gradients,
+    )
+
+
+def moment_bytes(optim: str) -> int:
+    """What an optimizer keeps for each trained number; paged moments are taken to stay on the device."""
+    kept: int = find(OPTIMIZERS, optim.removeprefix("paged_"), flag="--optim").moment_bytes
+    return kept
+
+
+def _differ(config: TrainConfig) -> bool:
+    method = config.method
+    targets = method.peft_config.get("target_modules") or []
+    return bool(method.layer_profile) or any("blocks." in target for target in targets)
+
+
+def _step(model: Rwkv, config: TrainConfig) -> dict[str, Moment]:
+    on_cpu = config.runtime.accelerator == "cpu"
+    objective = LanguageModelling(config.optimizer.logit_penalty, _CPU_LOGIT_ROWS if on_cpu else None)
+    schedule = config.schedule
+    accumulates = schedule.accumulate_grad_batches > 1
+    return run_step(model, objective, schedule.micro_bsz, config.data.ctx_len or 1, accumulates=accumulates)
+
+
+def _continued(few: Moment, more: Moment, steps: int) -> Moment:
+    """A straight line through two moments."""
+    return Moment(*(int(a + (b - a) * steps) for a, b in zip(few, more, strict=True)))

@@ -1,0 +1,135 @@
+"""The least a run needs, to refuse what no luck can fit before anything is loaded.
+
+Everything counted is certainly there at one moment; temporaries, caches and the allocator's slack are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+
+from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.checkpoints.quantised import Quantisation
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.errors import UserError
+from rwkvpeft.memory.machine import total_memory
+from rwkvpeft.memory.outline import UNPACKED, count, training_outline
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.shape import ModelShape
+from rwkvpeft.registry import OPTIMIZERS, find
+
+_LOGIT_ROWS = 256
+# (B, T, C) tensors a block keeps for its backward pass, however well its parts are written
+_KEPT_PER_BLOCK = 12
+_SHORT_CONTEXT = 512
+
+
+class Least(NamedTuple):
+    """Bytes on one device.
+
+    ``weights`` and ``optimizer`` are there throughout. ``gradients`` are complete when the optimizer takes its step;
+    ``activations`` (what the forward pass keeps) and ``logits`` are there when the loss is worked out.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """What is needed at the worse of those two moments."""
+        return self.weights + self.optimizer + max(self.gradients, self.activations + self.logits)
+
+
+def least_need(
+    shape: ModelShape,
+    config: TrainConfig,
+    adapter: Adapter | None,
+    packed: Quantisation = UNPACKED,
+) -> Least:
+    """A lower bound of what a run needs. Rows of ``--dataload only`` may be short and count as one token.
+
+    Args:
+        adapter: a new one, which is used up; None for full training.
+        packed: how the base's own file stores its large linears.
+    Raises: UserError if the settings do not suit the model's sizes.
+    """
+    model = training_outline(shape, config, adapter, packed)
+    counts = count(model)
+    numbers = model.compute_dtype.itemsize
+    tokens = 1 if config.data.dataload == "only" else config.data.ctx_len or 1
+    rows = config.schedule.micro_bsz * tokens
+    kept = _layers_with_gradient(model) * (1 if config.runtime.grad_cp else _KEPT_PER_BLOCK)
+    return Least(
+        weights=counts.frozen_bytes + 4 * counts.trained,
+        optimizer=counts.trained * find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
+        gradients=4 * counts.trained,
+        activations=kept * rows * shape.n_embd * numbers,
+        logits=min(_LOGIT_ROWS, rows) * shape.vocab_size * numbers,
+    )
+
+
+def _layers_with_gradient(model: Rwkv) -> int:
+    """How many blocks the backward pass goes through: all from the first that trains something."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers = [int(found[1]) for name in trained if (found := re.match(r"blocks\.(\d+)\.", name))]
+    first = 0 if "emb.weight" in trained else min(layers, default=model.shape.n_layer)
+    return model.shape.n_layer - first
+
+
+def check_memory(
+    shape: ModelShape,
+    config: TrainConfig,
+    adapter: Adapter | None,
+    packed: Quantisation = UNPACKED,
+) -> None:
+    """Compare a run's least need with all the memory its device has. Arguments as ``least_need``.
+
+    Raises: UserError if it cannot fit, with up to three ways out, the cheapest first.
+    """
+    device_type = "cuda" if config.runtime.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.runtime.accelerator == "gpu" and device_type == "cpu":
+        return
+    refuse_if_too_large(least_need(shape, config, adapter, packed), total_memory(device_type), config)
+
+
+def refuse_if_too_large(need: Least, available: int | None, config: TrainConfig) -> None:
+    """Raises: UserError if ``need`` is more than ``available`` bytes."""
+    if available is None or need.total <= available:
+        return
+    raise UserError(
+        "this run cannot fit into memory",
+        found=f"{_gb(available)} GB there",
+        expected=f"at least {_gb(need.total)} GB: weights {_gb(need.weights)}, optimizer {_gb(need.optimizer)}, "
+        f"and gradients {_gb(need.gradients)} or activations {_gb(need.activations)} and logits {_gb(need.logits)}",
+        fix=", or ".join(ways_out(config, need)[:3]) or "a smaller model",
+    )
+
+
+def ways_out(config: TrainConfig, need: Least | None = None) -> list[str]:
+    """Flags that make a run smaller, the cheapest first; those that go to the root of ``need``, if it is known."""
+    schedule, runtime, method = config.schedule, config.runtime, config.method
+    ways = []
+    if schedule.micro_bsz > 1:
+        batches = schedule.micro_bsz * schedule.accumulate_grad_batches
+        ways.append(f"--micro_bsz 1 --accumulate_grad_batches {batches}")
+    if not runtime.grad_cp:
+        ways.append("--grad_cp 1")
+    if runtime.precision in ("fp32", "tf32") and method.peft != "none":
+        ways.append("--precision bf16")
+    if (config.data.ctx_len or 0) > _SHORT_CONTEXT:
+        ways.append(f"--ctx_len {_SHORT_CONTEXT}")
+    weights_first = need is not None and need.total - need.activations - need.logits > need.activations
+    if method.peft == "none":
+        ways.insert(0 if weights_first else len(ways), "--peft lora")
+    elif method.quant == "none":
+        ways.insert(0 if weights_first else len(ways), "--quant nf4")
+    return ways
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f}"

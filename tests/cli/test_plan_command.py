@@ -1,0 +1,80 @@
+"""python -m rwkvpeft.plan."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rwkvpeft.cli.plan import main
+
+SIZES = ["--my_testing", "x070", "--n_layer", "32", "--n_embd", "2560", "--vocab_size", "65536"]
+
+
+@pytest.fixture
+def plan(capsys, tmp_path):
+    """Call the command. Returns code, output, errors."""
+
+    def run(*words):
+        code = main([*(str(word) for word in words), "--proj_dir", str(tmp_path)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_a_model_that_is_only_sizes_is_planned_for_a_gpu_that_is_not_here(plan):
+    code, out, _ = plan(*SIZES, "--peft", "lora", "--quant", "nf4", "--grad_cp", 1, "--micro_bsz", 1, "--gpu_memory", 6)
+    assert code == 0
+    assert "2,953.3 M parameters" in out
+    assert "base in nf4" in out
+    assert "bf16" in out
+    assert "it fits" in out
+    assert "unknown until the first step" in out
+
+
+def test_what_does_not_fit_is_told_with_ways_out(plan):
+    code, out, _ = plan(*SIZES, "--gpu_memory", 24)
+    assert code == 0
+    assert "it cannot fit" in out
+    assert "--peft lora" in out
+
+
+def test_a_checkpoint_and_data_tell_sizes_and_steps(plan, tiny_model, binidx_prefix):
+    words = f"--load_model {tiny_model} --data_file {binidx_prefix} --tokenizer bytes --accelerator cpu"
+    code, out, _ = plan(*words.split(), "--peft", "miss", "--epoch_steps", 0, "--epoch_count", 3, "--micro_bsz", 5,
+                        "--ctx_len", 48)
+    assert code == 0
+    # 12 documents in batches of 5
+    assert "3 x 3 batches of 5 rows of 48 tokens, 9 steps, 2,160 tokens" in out
+
+
+def test_the_speed_is_what_an_earlier_run_in_the_folder_was_seen_to_do(plan, tmp_path):
+    step = json.dumps({"step": 1, "tokens": 3000, "t_cost": 2.0})
+    (tmp_path / "loss_data.jsonl").write_text(f"{step}\n{step}\n")
+    _, out, _ = plan(*SIZES, "--gpu_memory", 80, "--micro_bsz", 1, "--epoch_steps", 100, "--epoch_count", 1)
+    assert "1,500 tokens/s" in out
+    assert "1.1 min for this run" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--peft", "lora"], "--my_testing"),
+        ([*SIZES, "--gpu_memory", "much"], "--gpu_memory"),
+        ([*SIZES, "--peft", "bat", "--peft_config", '{"r": 63}', "--gpu_memory", "24"], "63"),
+        (["--load_model", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_exit_code_2(plan, words, message):
+    code, _, errors = plan(*words)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_help_shows_the_flags_of_training(plan):
+    code, out, _ = plan("--help")
+    assert code == 0
+    assert "--gpu_memory" in out
+    assert "--grad_cp" in out
