@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from rwkvpeft.config.findings import Findings, nearest
-from rwkvpeft.config.groups import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from rwkvpeft.config.layer_profile import read_layer_profile
+from rwkvpeft.config.methods import check_method, members
+from rwkvpeft.errors import UserError
 
 _AT_LEAST: dict[str, dict[str, float]] = {
     "data": {"ctx_len": 1, "num_workers": 0, "preview": 0, "magic_prime": 0},
@@ -26,10 +30,17 @@ _AT_LEAST: dict[str, dict[str, float]] = {
 
 # RWKV-LM's scripts write 0 where a run begins without a model
 _NO_MODEL = ("", "0")
+_FOUR_BIT = ("nf4", "fp4", "4bit")
 
 
-def check_values(config: TrainConfig, findings: Findings) -> None:
-    """Note every value out of its range and every pair of settings that exclude each other."""
+def check_values(config: TrainConfig, findings: Findings, *, planned: bool = False) -> None:
+    """Note every value out of its range and every pair of settings that exclude each other.
+
+    Args:
+        planned: the run needs neither a base model nor data yet.
+    """
+    if not planned:
+        _check_there(config, findings)
     for group, limits in _AT_LEAST.items():
         for name, least in limits.items():
             value = getattr(getattr(config, group), name)
@@ -41,21 +52,26 @@ def check_values(config: TrainConfig, findings: Findings) -> None:
     _check_method(config, findings)
 
 
+def _check_there(config: TrainConfig, findings: Findings) -> None:
+    if config.model.load_model in _NO_MODEL:
+        findings.add(
+            "no base model is given; training from scratch is not available yet", fix="--load_model PATH/TO/MODEL.pth"
+        )
+    findings.check(
+        bool(config.data.data_file),
+        "no training data is given",
+        fix="--data_file PREFIX-of-.bin-and-.idx or FILE.jsonl",
+    )
+
+
 def _check_model(model: ModelConfig, findings: Findings) -> None:
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size_a"):
         value = getattr(model, name)
         findings.check(value is None or value > 0, f"--{name} is too small", found=value, expected="1 or more")
     findings.check(model.head_size_divisor > 0, "--head_size_divisor must be above 0", found=model.head_size_divisor)
-    if model.load_model in _NO_MODEL:
-        findings.add(
-            "no base model is given; training from scratch is not available yet", fix="--load_model PATH/TO/MODEL.pth"
-        )
 
 
 def _check_data(data: DataConfig, schedule: ScheduleConfig, findings: Findings) -> None:
-    findings.check(
-        bool(data.data_file), "no training data is given", fix="--data_file PREFIX-of-.bin-and-.idx or FILE.jsonl"
-    )
     if data.dataload == "only":
         findings.check(
             schedule.micro_bsz == 1,
@@ -107,17 +123,77 @@ def _check_method(config: TrainConfig, findings: Findings) -> None:
     findings.check(
         0 <= method.dropout < 1, "--dropout is out of range", found=method.dropout, expected="0 up to below 1"
     )
-    if method.peft == "none":
-        findings.check(not method.peft_config, "--peft_config has no effect without --peft", fix="--peft lora")
+    check_method(method.peft, findings)
+    if method.layer_profile:
+        _check_profile(method, findings)
+    elif method.peft == "none":
+        _check_full_training(method, findings)
+    elif method.peft == "state":
+        _check_parts("--peft state, which leaves the base as it is", method, findings)
+    _check_quantisation(method, findings)
+    if method.adapter_init:
+        findings.check(bool(method.adapter), "--adapter_init has no effect without --adapter", fix="--adapter FILE")
         findings.check(
-            not method.adapter, "--adapter has no effect without --peft", found=method.adapter, fix="--peft lora"
+            "pissa" in members(method.peft) or bool(method.layer_profile),
+            f"--adapter_init has no effect with --peft {method.peft}: only PiSSA has start values",
+            found=method.adapter_init,
+            fix="--peft pissa",
         )
-    if method.peft != "lora":
+
+
+def _check_profile(method: MethodConfig, findings: Findings) -> None:
+    findings.check(
+        method.peft in ("none", "state"),
+        "--layer_profile names the method of each layer; --peft can only add the states",
+        found=f"--peft {method.peft}",
+        fix="leave --peft out, or --peft state",
+    )
+    findings.check(
+        not method.peft_config,
+        "--layer_profile holds the settings of each layer, so --peft_config has no effect",
+        found=json.dumps(method.peft_config),
+        fix="write them into the profile",
+    )
+
+
+def _check_full_training(method: MethodConfig, findings: Findings) -> None:
+    findings.check(not method.peft_config, "--peft_config has no effect without --peft", fix="--peft lora")
+    findings.check(
+        not method.adapter, "--adapter has no effect without --peft", found=method.adapter, fix="--peft lora"
+    )
+    _check_parts("--peft none, which trains every part", method, findings)
+    findings.check(
+        method.quant == "none",
+        f"--quant {method.quant} needs --peft: only frozen weights can be quantised, and --peft none trains them all",
+        fix=f"--peft lora --quant {method.quant}",
+    )
+
+
+def _check_parts(reason: str, method: MethodConfig, findings: Findings) -> None:
+    findings.check(
+        set(method.train_parts) <= {"time", "ln"},
+        f"--train_parts has no effect with {reason}",
+        found=method.train_parts,
+        fix="--peft lora",
+    )
+
+
+def _check_quantisation(method: MethodConfig, findings: Findings) -> None:
+    if method.quant_double:
         findings.check(
-            set(method.train_parts) <= {"time", "ln"},
-            f"--train_parts has no effect with --peft {method.peft}",
+            method.quant in _FOUR_BIT,
+            "--quant_double stores the scales of 4-bit formats in 8 bits",
+            found=f"--quant {method.quant}",
+            expected=[f"--quant {name}" for name in _FOUR_BIT],
+            fix="--quant nf4 --quant_double",
+        )
+    if method.quant_head:
+        findings.check(method.quant != "none", "--quant_head has no effect without --quant", fix="--quant nf4")
+        findings.check(
+            "head" not in method.train_parts,
+            "--quant_head needs a frozen head, and --train_parts trains it",
             found=method.train_parts,
-            fix="--peft lora",
+            fix="leave one of the two out",
         )
 
 
@@ -127,6 +203,13 @@ def check_paths(config: TrainConfig, findings: Findings) -> None:
         _check_file("--load_model", config.model.load_model, findings)
     if config.method.adapter:
         _check_file("--adapter", config.method.adapter, findings)
+    if config.method.layer_profile:
+        try:
+            read_layer_profile(config.method.layer_profile)
+        except UserError as error:
+            findings.errors.append(error)
+    if config.method.adapter_init:
+        _check_file("--adapter_init", config.method.adapter_init, findings)
     if config.data.data_file:
         _check_data_files(config.data, findings)
     if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
@@ -139,7 +222,7 @@ def _check_file(option: str, name: str, findings: Findings) -> None:
     if path.is_file():
         return
     folder = path.parent
-    there = sorted(item.name for item in folder.glob("*.pth")) if folder.is_dir() else []
+    there = sorted(item.name for item in folder.glob(f"*{path.suffix}")) if folder.is_dir() else []
     near = nearest(path.name, there)
     fix = (
         f"{option} {folder / near}" if near else "check the path" if folder.is_dir() else f"there is no folder {folder}"

@@ -123,7 +123,9 @@ class MethodConfig:
         {}, help="the method's settings; --peft METHOD --help lists them", metavar="JSON"
     )
     layer_profile: str = flag(
-        "", help="CSV or YAML file with each layer's method, rank and rates; --peft state adds the states", metavar="FILE"
+        "",
+        help="CSV or YAML file with each layer's method, rank and rates; --peft state adds the states",
+        metavar="FILE",
     )
     quant: str = flag(
         "none",

@@ -6,10 +6,13 @@ import argparse
 import json
 import shutil
 import textwrap
+from dataclasses import MISSING, fields
 from typing import Any
 
 from rwkvpeft.config import upstream
-from rwkvpeft.config.flags import FlagSpec, specs
+from rwkvpeft.config.flags import FlagSpec
+
+_LONGEST_HELP = 400
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -25,13 +28,13 @@ def _width() -> int:
 
 def help_text(spec: FlagSpec) -> str:
     """The flag's sentence, its default and its unit."""
-    return f"{spec.help} {_default(spec)}".strip().replace("%", "%%")
+    return f"{spec.help} {_default(spec.default, spec.unit)}".strip().replace("%", "%%")
 
 
-def _default(spec: FlagSpec) -> str:
-    facts = [spec.unit] if spec.unit else []
-    if spec.default is not None and spec.default not in ("", {}) and spec.default is not False:
-        facts.append(f"default: {_shown(spec.default)}")
+def _default(default: Any, unit: str = "") -> str:
+    facts = [unit] if unit else []
+    if default is not None and default not in ("", {}) and default is not False:
+        facts.append(f"default: {_shown(default)}")
     return f"({'; '.join(facts)})" if facts else ""
 
 
@@ -48,11 +51,18 @@ def _shown(default: Any) -> str:
 
 
 def method_lines(settings: type) -> str:
-    """A method's own settings, one paragraph each."""
+    """A method's own settings, one paragraph each; ``settings`` is a dataclass of ours or of another package."""
     paragraphs = []
-    for spec in specs(settings):
-        name = f"{spec.name} ({spec.alias})" if spec.alias else spec.name
-        text = f"{spec.help} {_default(spec)}".strip()
+    for item in fields(settings):
+        told = str(item.metadata.get("help", ""))
+        if not told or not item.init:
+            continue
+        # other packages write whole pages
+        told = textwrap.shorten(told, _LONGEST_HELP, placeholder=" ...")
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        text = f"{told} {_default(None if default is MISSING else default, item.metadata.get('unit', ''))}".strip()
+        alias = item.metadata.get("alias")
+        name = f"{item.name} ({alias})" if alias else item.name
         paragraphs.append(textwrap.fill(f"{name:<24}  {text}", _width() - 2, subsequent_indent=" " * 26))
     return "\n".join(paragraphs) or "no settings"
 

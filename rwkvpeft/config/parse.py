@@ -18,7 +18,9 @@ from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.flags import FlagSpec, specs
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.help import HelpFormatter, help_text, method_lines, upstream_lines
+from rwkvpeft.config.methods import check_method, members
 from rwkvpeft.config.settings_file import read_flat
+from rwkvpeft.config.upstream_methods import chosen_method
 from rwkvpeft.config.values import from_words, from_yaml
 from rwkvpeft.errors import UserError
 
@@ -57,7 +59,10 @@ def parse_train(argv: Sequence[str], method_settings: Callable[[str], type | Non
         from_file = _convert(read_flat(path, group_types(), _spec_of), from_yaml, findings)
     if not any("valid JSON" in error.what for error in findings.errors):
         _report_extras(extras, findings)
-    merged = {**upstream.translate(from_file, findings), **upstream.translate(command_line, findings)}
+    method = chosen_method(command_line, findings) or chosen_method(from_file, findings)
+    merged = {} if method is None else {"peft": method}
+    for source in (from_file, command_line):
+        merged |= upstream.translate(source, method, findings)
     findings.raise_any()
     return merged
 
@@ -80,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _build_parser(shown_settings: tuple[str, type] | None) -> _Parser:
+def _build_parser(shown_settings: Mapping[str, type]) -> _Parser:
     parser = _Parser(
         prog="train.py",
         description="Fine-tune an RWKV v5.2, v6 or v7 language model.",
@@ -95,9 +100,9 @@ def _build_parser(shown_settings: tuple[str, type] | None) -> _Parser:
         section = parser.add_argument_group(title, (group.__doc__ or "").split("\n")[0])
         for spec in specs(group):
             _add(section, spec, help_text(spec))
-        if title == "method" and shown_settings:
-            method, settings = shown_settings
-            parser.add_argument_group(f"--peft_config of --peft {method}", method_lines(settings))
+        if title == "method":
+            for method, settings in shown_settings.items():
+                parser.add_argument_group(f"--peft_config of --peft {method}", method_lines(settings))
     hidden = parser.add_argument_group()
     for name in upstream.FLAGS:
         _add(hidden, _upstream_spec(name), argparse.SUPPRESS)
@@ -119,16 +124,20 @@ _PLACEHOLDERS = {"text": "TEXT", "whole": "N", "number": "X", "json": "JSON", "w
 
 def _settings_to_show(
     argv: Sequence[str], method_settings: Callable[[str], type | None] | None
-) -> tuple[str, type] | None:
+) -> dict[str, type]:
+    """The settings classes of the methods whose ``--help`` is asked for, by method."""
     if method_settings is None or not {"-h", "--help"} & set(argv):
-        return None
-    selectors = _Parser(add_help=False, allow_abbrev=False)
+        return {}
+    selectors = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in _SELECTORS:
-        selectors.add_argument(f"--{name}", default="none")
+        selectors.add_argument(f"--{name}")
     chosen, _ = selectors.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    method = "state" if chosen.train_type in ("state", "states") else chosen.peft
-    settings = None if method == "none" else method_settings(method)
-    return (method, settings) if settings else None
+    findings = Findings()
+    method = chosen_method(vars(chosen), findings) or "none"
+    check_method(method, findings)
+    findings.raise_any()
+    found = {name: method_settings(name) for name in members(method)}
+    return {name: settings for name, settings in found.items() if settings is not None}
 
 
 def _bind_numbers(argv: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from rwkvpeft.config.checks import check_paths, check_values
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.methods import members
 from rwkvpeft.config.parse import build_groups
 
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -31,7 +32,12 @@ class Machine:
 
 
 def resolve(
-    given: Mapping[str, Any], machine: Machine, *, earlier_seed: int | None = None, files_too: bool = False
+    given: Mapping[str, Any],
+    machine: Machine,
+    *,
+    earlier_seed: int | None = None,
+    files_too: bool = False,
+    planned: bool = False,
 ) -> tuple[TrainConfig, list[str]]:
     """Fill in what was not given and check that the settings go together.
 
@@ -39,6 +45,7 @@ def resolve(
         given: values by field name.
         earlier_seed: seed of the run that may be taken up again; stands in for a seed that is not given.
         files_too: also check that the files are there and that the output folder can be written.
+        planned: the run is only talked about and needs neither a base model nor data yet.
     Returns: all settings, none of them left open except sizes the checkpoint tells; and remarks, one line each.
     Raises: UserError listing every mistake found.
     """
@@ -54,11 +61,12 @@ def resolve(
     findings = Findings()
     _seed(values, earlier_seed, remarks, findings)
     config = build_groups(values)
-    check_values(config, findings)
+    check_values(config, findings, planned=planned)
     if files_too:
         check_paths(config, findings)
     findings.raise_any()
-    if config.method.peft == "state" and (config.schedule.lr_init or 0.0) < _LOWEST_STATE_LR:
+    alone = config.method.peft == "state" and not config.method.layer_profile
+    if alone and (config.schedule.lr_init or 0.0) < _LOWEST_STATE_LR:
         remarks.append(
             f"warning: --lr_init {config.schedule.lr_init:g} is small for state tuning, which needs about 1 "
             "(--lr_init 1 --lr_final 0.01)"
@@ -67,7 +75,8 @@ def resolve(
 
 
 def _by_method(values: dict[str, Any]) -> None:
-    method = values.get("peft", "none")
+    # beside a layer profile --peft only adds the states, which have their own rates there
+    method = "none" if values.get("layer_profile") else values.get("peft", "none")
     for name, default in {**_DEFAULTS, **_METHOD_DEFAULTS.get(method, {})}.items():
         if values.get(name) is None:
             values[name] = default
@@ -88,10 +97,10 @@ def _by_machine(values: dict[str, Any], machine: Machine, remarks: list[str]) ->
         values["accelerator"] = "cpu" if machine.device_type == "cpu" else "gpu"
     if values.get("precision") is None:
         values["precision"] = "bf16" if values["accelerator"] == "gpu" and machine.has_bf16 else "fp32"
-    if values.get("op") == "fla" and values.get("peft") == "state":
+    if values.get("op") == "fla" and "state" in members(values.get("peft", "none")):
         # upstream's state tuning runs on nothing else, so its scripts all say it: a habit, not a choice
         values.update(op="auto", fla=True)
-        remarks.append("--op fla is taken as --fla: with --peft state upstream's scripts always carry it")
+        remarks.append("--op fla is taken as --fla: upstream's scripts for state tuning always carry it")
 
 
 def _seed(values: dict[str, Any], earlier_seed: int | None, remarks: list[str], findings: Findings) -> None:

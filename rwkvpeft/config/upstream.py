@@ -14,6 +14,7 @@ from typing import Any
 
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.flags import Kind
+from rwkvpeft.config.upstream_methods import translate_methods
 from rwkvpeft.config.values import parse_json
 
 
@@ -44,34 +45,26 @@ FLAGS: dict[str, UpstreamFlag] = {
     "rwkv_version": _means("--my_testing"),
     "my_qa_mask": _means("1: --loss_mask qa", "0"),
     "dataset_get": _means("--dataload"),
-    "train_type": _means("state and states: --peft state", "none"),
+    "train_type": _means("state and states: --peft state, or METHOD+state beside --peft METHOD", "none"),
     "state_tune": _means("--peft state", kind="switch"),
     "lora": _means("--peft lora", kind="switch"),
-    "lora_config": _means(
-        "--peft_config, with lora_r, lora_alpha, lora_dropout and lora_load (--adapter)", kind="json"
+    "lora_config": _means("settings of --peft lora and dora; lora_load: --adapter", kind="json"),
+    "pissa_config": _means(
+        "settings of --peft pissa; pissa_load: --adapter, pissa_init: --adapter_init", kind="json"
     ),
+    "miss_config": _means("settings of --peft miss; load: --adapter, mode bat: --peft bat", kind="json"),
+    "disha_config": _means("the same, for --peft disha", kind="json"),
+    "bone_config": _means("the same, for --peft bone, with bone_ before each key", kind="json"),
+    "PISSA": _means("--peft pissa, with --lora_r as its r", kind="switch"),
+    "svd_niter": _means("svd_niter in --peft_config"),
     "lora_r": _means("r in --peft_config"),
     "lora_alpha": _means("lora_alpha in --peft_config"),
     "lora_dropout": _means("lora_dropout in --peft_config"),
     "lora_load": _means("--adapter"),
-    "lora_parts": _means("--train_parts; att and ffn are always adapted"),
+    "lora_parts": _means("--train_parts; att and ffn must be among them"),
     "emb": _means("adds emb to --train_parts", kind="switch"),
-    "pissa_config": _none(
-        '{"pissa_load":"", "pissa_init":"", "pissa_r":8, "svd_niter":4}',
-        "PiSSA is not available yet",
-        "--peft lora",
-        "json",
-    ),
-    "miss_config": _none('{"mode":"mode", "load":"", "r":64}', "MiSS is not available yet", "--peft lora", "json"),
-    "disha_config": _none(
-        '{"mode":"mode", "load":"", "r":64}', "DiSHA (MiSS) is not available yet", "--peft lora", "json"
-    ),
-    "bone_config": _none(
-        '{"bone_mode":"mode", "bone_load":"", "bone_r":64}', "Bone (MiSS) is not available yet", "--peft lora", "json"
-    ),
     "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
     "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),
-    "PISSA": _none("false", "PiSSA is not available yet", "--peft lora", "switch"),
     "pre_ffn": _none(0, "a first block without time mixing is not available yet"),
     "head_qk": _none(0, "the headQK trick is not available yet"),
     "load_partial": _none(0, "weights are loaded whole: a tensor left out would train from random values"),
@@ -111,9 +104,6 @@ LATER_VALUES: dict[str, dict[str, str]] = {
 }
 """Values of our own flags that upstream takes and that are not here yet, with what to say of them."""
 
-_LORA_CONFIG_DEFAULT = {"lora_load": "", "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
-_LORA_KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-
 
 def refuse(name: str, value: Any, findings: Findings) -> None:
     """Note a mistake if an untranslated upstream flag has another value than upstream's default."""
@@ -123,15 +113,16 @@ def refuse(name: str, value: Any, findings: Findings) -> None:
         findings.add(f"--{name} has no effect here: {known.reason}", found=shown, fix=known.fix)
 
 
-def translate(given: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+def translate(given: Mapping[str, Any], method: str | None, findings: Findings) -> dict[str, Any]:
     """Turn the upstream flags among ``given`` into fields; fields given under their own name win.
 
     Args:
         given: values by flag name, our fields and translated upstream flags, of one source.
+        method: what ``chosen_method`` found in all sources.
         findings: where mistakes are noted.
-    Returns: values by field name.
+    Returns: values by field name; ``peft`` only where a setting changes the method.
     """
-    fields = {name: value for name, value in given.items() if name not in FLAGS}
+    fields = {name: value for name, value in given.items() if name not in FLAGS and name != "peft"}
     upstream = {name: value for name, value in given.items() if name in FLAGS}
     values: dict[str, Any] = {}
     for name, field in (("rwkv_version", "my_testing"), ("dataset_get", "dataload")):
@@ -139,66 +130,7 @@ def translate(given: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
             values[field] = upstream[name]
     if str(upstream.get("my_qa_mask", "0")) != "0":
         values["loss_mask"] = "qa"
-    values.update(_lora(upstream, fields, findings))
-    method = _method(upstream, fields.pop("peft", None), findings)
-    if method:
-        values["peft"] = method
-    return {**values, **fields}
-
-
-def _method(upstream: Mapping[str, Any], peft: str | None, findings: Findings) -> str | None:
-    """The method that ``--peft`` and upstream's older ways to say it name together; None if none does."""
-    train_type = upstream.get("train_type") or "none"
-    if train_type not in ("none", "state", "states"):
-        later = ": " + _LATER if train_type == "infctx" else ""
-        findings.add(f"--train_type {train_type}{later}", found=train_type, expected=["none", "state", "states"])
-    named = {peft} if peft else set()
-    if train_type in ("state", "states") or upstream.get("state_tune"):
-        named = (named - {"none"}) | {"state"}
-    if upstream.get("lora"):
-        named = (named - {"none"}) | {"lora"}
-    if len(named) > 1:
-        findings.add("two methods are asked for at once", found=sorted(named), fix="give --peft alone")
-    return min(named) if named else None
-
-
-def _lora(upstream: Mapping[str, Any], fields: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
-    """LoRA's settings out of --lora_config and the older flags, one per setting."""
-    given = dict(upstream.get("lora_config") or {})
-    if given == _LORA_CONFIG_DEFAULT:
-        given = {}
-    given.update(
-        {name: value for name, value in upstream.items() if name.startswith("lora_") and name != "lora_config"}
-    )
-    unknown = [name for name in given if name not in (*_LORA_KEYS, "lora_load", "lora_parts")]
-    if unknown:
-        findings.add("--lora_config has unknown keys", found=unknown, expected=[*_LORA_KEYS, "lora_load", "lora_parts"])
-    values: dict[str, Any] = {}
-    settings = {_LORA_KEYS[name]: _as_number(value) for name, value in given.items() if name in _LORA_KEYS}
-    if settings:
-        values["peft_config"] = {**settings, **fields.get("peft_config", {})}
-    if given.get("lora_load"):
-        values["adapter"] = given["lora_load"]
-    parts = fields.get("train_parts", ["time", "ln"])
-    if "lora_parts" in given:
-        parts = [part for part in str(given["lora_parts"]).split(",") if part and part not in ("att", "ffn")]
-        values["train_parts"] = parts
-    if upstream.get("emb"):
-        values["train_parts"] = [*parts, "emb"]
-    return values
-
-
-def _as_number(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    return {**values, **fields, **translate_methods(upstream, fields, method or "none", findings)}
 
 
 def _is_default(known: UpstreamFlag, value: Any) -> bool:

@@ -1,7 +1,12 @@
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
 import pytest
 
 from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.errors import UserError
+from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 
 def message(argv):
@@ -125,9 +130,46 @@ def test_help_shows_every_flag_its_default_and_unit(capsys):
     assert "--my_pile_stage" in shown
 
 
-def test_help_shows_the_settings_of_the_chosen_method(capsys):
-    from rwkvpeft.adapters.settings import LoraConfig
-
+def method_help(capsys, method, settings):
     with pytest.raises(SystemExit):
-        parse_train(["--peft", "lora", "--help"], lambda method: LoraConfig)
-    assert "lora_alpha" in capsys.readouterr().out.split("--peft_config of --peft lora")[1]
+        parse_train(["--peft", method, "--help"], settings)
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_settings_of_each_chosen_method(capsys):
+    shown = method_help(capsys, "lora+state", lambda method: find(ADAPTER_SETTINGS, method, flag="--peft"))
+    assert "use_rslora" in shown.split("--peft_config of --peft lora")[1]
+    assert "token_shift" in shown.split("--peft_config of --peft state")[1]
+
+
+def test_help_shows_the_settings_of_another_packages_dataclass(capsys, monkeypatch):
+    @dataclass
+    class Settings:
+        rank: int = field(default=8, metadata={"help": "rank of the update.\n  " + "More about it. " * 100})
+        inner: int = field(default=1, init=False, metadata={"help": "not for users"})
+        plain: int = 3
+
+    monkeypatch.setattr("rwkvpeft.config.methods.hugging_face_methods", lambda: ["adalora"])
+    shown = method_help(capsys, "adalora", lambda method: Settings).split("--peft_config of --peft adalora")[1]
+    assert "rank of the update. More about it." in shown
+    assert "default: 8" in shown
+    assert "not for users" not in shown
+    assert shown.count("More about it.") < 50
+
+
+def test_help_for_a_method_that_is_none_names_the_nearest():
+    with pytest.raises(UserError, match="--peft pissa"):
+        parse_train(["--peft", "pisa", "--help"], lambda method: None)
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa", "miss", "bat+state"])
+def test_help_for_a_method_does_not_import_torch(method):
+    code = (
+        "import sys; from rwkvpeft.cli.train import main\n"
+        f"try: main(['--peft', '{method}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--peft_config of --peft" in done.stdout

@@ -21,7 +21,7 @@ def test_state_tuning_has_its_own_rates_and_context():
     assert config.data.ctx_len == 512
 
 
-@pytest.mark.parametrize("method", ["none", "lora"])
+@pytest.mark.parametrize("method", ["none", "lora", "pissa", "miss", "bat"])
 def test_other_methods_have_upstreams_rates(method):
     config = resolved(peft=method)
     assert (config.schedule.lr_init, config.schedule.lr_final, config.schedule.warmup_steps) == (6e-4, 1e-5, -1)
@@ -89,6 +89,18 @@ def test_op_fla_is_a_habit_of_state_tuning_and_strict_elsewhere():
         {"num_nodes": 2},
         {"peft_config": {"r": 8}},
         {"train_parts": ["emb"]},
+        {"peft": "state", "train_parts": ["emb"]},
+        {"peft": "lroa"},
+        {"peft": "lora+miss"},
+        {"quant": "nf4"},
+        {"peft": "lora", "quant_double": True},
+        {"peft": "lora", "quant": "int8", "quant_double": True},
+        {"peft": "lora", "quant_head": True},
+        {"peft": "lora", "quant": "nf4", "quant_head": True, "train_parts": ["head"]},
+        {"peft": "lora", "layer_profile": "profile.csv"},
+        {"layer_profile": "profile.csv", "peft_config": {"r": 8}},
+        {"peft": "pissa", "adapter_init": "init_pissa.pth"},
+        {"peft": "lora", "adapter": "a.pth", "adapter_init": "init_pissa.pth"},
         {"prefetch_factor": 2},
         {"load_model": ""},
         {"load_model": "0"},
@@ -98,6 +110,35 @@ def test_op_fla_is_a_habit_of_state_tuning_and_strict_elsewhere():
 def test_settings_that_exclude_each_other_are_refused(given):
     with pytest.raises(UserError):
         resolved(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"peft": "lora", "quant": "4bit", "quant_double": True, "quant_head": True, "merge": 1},
+        {"peft": "state", "quant": "fp8"},
+        {"peft": "pissa", "train_parts": ["ln", "head"], "quant": "int8"},
+        {"layer_profile": "profile.csv", "quant": "nf4", "adapter": "a.pth"},
+        {"peft": "pissa", "adapter": "a.pth", "adapter_init": "init_pissa.pth"},
+    ],
+)
+def test_settings_that_go_together_are_taken(given):
+    assert resolved(**given)
+
+
+def test_full_training_on_a_quantised_base_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="only frozen weights can be quantised"):
+        resolved(quant="int8")
+
+
+def test_states_beside_a_method_leave_it_its_own_rates():
+    config, remarks = resolve({**BASE, "peft": "lora+state", "random_seed": 1}, CPU)
+    assert (config.schedule.lr_init, config.schedule.lr_final, config.data.ctx_len) == (6e-4, 1e-5, 1024)
+    assert remarks == []
+
+
+def test_states_beside_a_layer_profile_leave_it_its_own_rates():
+    assert resolved(peft="state", layer_profile="profile.csv").schedule.lr_init == 6e-4
 
 
 def test_all_findings_come_in_one_message():

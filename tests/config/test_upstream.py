@@ -38,7 +38,11 @@ def test_the_older_ways_to_ask_for_state_tuning_mean_peft_state(argv):
 
 def test_two_methods_at_once_are_refused():
     with pytest.raises(UserError, match="two methods"):
-        parse_train(["--train_type", "state", "--peft", "lora"])
+        parse_train(["--lora", "--peft", "miss"])
+
+
+def test_state_tuning_beside_a_method_combines_the_two():
+    assert parse_train(["--train_type", "state", "--peft", "lora"]) == {"peft": "lora+state"}
 
 
 def test_lora_config_becomes_the_settings_of_the_method():
@@ -49,9 +53,94 @@ def test_lora_config_becomes_the_settings_of_the_method():
     assert given["adapter"] == "a.pth"
 
 
-def test_lora_config_at_upstreams_default_says_nothing():
-    default = '{"lora_load":"", "lora_r":8, "lora_alpha":32, "lora_dropout":0.01}'
-    assert parse_train(["--peft", "none", "--lora_config", default]) == {"peft": "none"}
+OF_OTHER_METHODS = {
+    "lora_config": '{"lora_load":"", "lora_r":8, "lora_alpha":32, "lora_dropout":0.01}',
+    "pissa_config": '{"pissa_load":"", "pissa_init":"", "pissa_r":8, "svd_niter":4}',
+    "miss_config": '{"mode":"mode", "load":"", "r":64}',
+    "disha_config": '{"mode":"mode", "load":"", "r":64}',
+    "bone_config": '{"bone_load":"", "bone_r":64}',
+}
+
+
+@pytest.mark.parametrize(("name", "default"), OF_OTHER_METHODS.items())
+def test_the_untouched_settings_of_another_method_say_nothing(name, default):
+    assert parse_train(["--peft", "state", f"--{name}", default]) == {"peft": "state"}
+
+
+@pytest.mark.parametrize(("name", "default"), OF_OTHER_METHODS.items())
+def test_the_chosen_settings_of_another_method_are_refused(name, default):
+    with pytest.raises(UserError, match=f"--{name} has no effect with --peft state"):
+        parse_train(["--peft", "state", f"--{name}", default.replace("8", "16").replace("64", "32")])
+
+
+def test_pissa_config_becomes_the_settings_the_adapter_and_its_start_values():
+    config = '{"pissa_load":"a.pth","pissa_init":"init_pissa.pth","pissa_r":32,"svd_niter":4}'
+    assert parse_train(["--peft", "pissa", "--pissa_config", config]) == {
+        "peft": "pissa",
+        "peft_config": {"r": 32, "svd_niter": 4},
+        "adapter": "a.pth",
+        "adapter_init": "init_pissa.pth",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "config"),
+    [
+        ("miss", "miss_config", '{"mode":"bone","load":"a.pth","r":32}'),
+        ("disha", "disha_config", '{"mode":"bone","load":"a.pth","r":32}'),
+        ("bone", "bone_config", '{"bone_mode":"bone","bone_load":"a.pth","bone_r":32}'),
+    ],
+)
+def test_the_settings_of_miss_are_understood_under_each_of_its_names(method, flag, config):
+    given = parse_train(["--peft", method, f"--{flag}", config])
+    assert given == {"peft": method, "peft_config": {"r": 32}, "adapter": "a.pth"}
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "config"),
+    [
+        ("disha", "disha_config", '{"mode":"bat","load":"","r":32}'),
+        ("bone", "bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":32}'),
+    ],
+)
+def test_the_mode_bat_is_the_method_bat(method, flag, config):
+    assert parse_train(["--peft", method, f"--{flag}", config]) == {"peft": "bat", "peft_config": {"r": 32}}
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(UserError, match="bone, bat"):
+        parse_train(["--peft", "disha", "--disha_config", '{"mode":"bats","r":8}'])
+
+
+def test_a_key_of_peft_config_wins_over_upstreams_settings():
+    given = parse_train(
+        ["--peft", "pissa", "--peft_config", '{"r": 4}', "--pissa_config", '{"pissa_r":32,"svd_niter":8}']
+    )
+    assert given["peft_config"] == {"r": 4, "svd_niter": 8}
+
+
+def test_the_first_pissa_flags_are_understood():
+    line = (
+        "--lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn,time,ln "
+        "--PISSA --svd_niter 4 --quant nf4"
+    )
+    given = parse_train(line.split())
+    assert given == {
+        "peft": "pissa",
+        "peft_config": {"r": 64, "svd_niter": 4},
+        "adapter": "rwkv-0",
+        "train_parts": ["time", "ln"],
+        "quant": "nf4",
+    }
+
+
+def test_parts_that_leave_linears_out_are_refused():
+    with pytest.raises(UserError, match="lora_parts without ffn"):
+        parse_train(["--lora", "--lora_parts", "att,ln"])
+
+
+def test_the_spelling_of_a_method_does_not_matter():
+    assert parse_train(["--peft", "DiSHA"]) == {"peft": "disha"}
 
 
 def test_an_unknown_key_of_lora_config_is_told():
