@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvpeft.checkpoints.files import MappedTensors
-from rwkvpeft.checkpoints.quantised import PackedWeight, Quantiser, find_packed, model_outline
+from rwkvpeft.checkpoints.quantised import HEAD, PackedWeight, Quantiser, find_packed, model_outline
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv, Wkv
 from rwkvpeft.models.names import is_large_linear
@@ -20,7 +20,8 @@ from rwkvpeft.quantization.linear import QuantizedLinear
 from rwkvpeft.registry import MODELS, find
 
 Prepare = Callable[[str, Tensor], Tensor]
-"""Takes a large linear's module path and its weight (out, in), gives the weight to be loaded, of any float dtype."""
+"""Takes the module path of a large linear or the head and its weight (out, in), gives the weight to be loaded, of any
+float dtype."""
 
 _STATES = (".time_state", ".shift_state")
 _OPERATORS = {"x052": "wkv5", "x060": "wkv6", "x070": "wkv7"}
@@ -46,7 +47,7 @@ def load_model(
         op: backend of the WKV operator, see ``rwkvpeft.ops``.
         head_size_divisor: group-norm eps after the time mixing is 1e-5 times its square; files do not tell it.
         quantiser: stores the large linears in fewer bits, each as it is read; None leaves them as the file has them.
-        prepare: changes the large linears before that.
+        prepare: changes the large linears and the head before that.
     Returns: the model in evaluation mode, a merged ``time_state`` in place.
     Raises: UserError if the file is missing, broken, of another architecture, or if tensors are missing, left over
         or misshapen.
@@ -91,7 +92,7 @@ def fill_model(
         device, dtype: where the weights go and what they become; a quantised one keeps its format.
         source: how messages name the file.
         quantiser: replaces the linears it takes by quantised ones.
-        prepare: changes the large linears before that.
+        prepare: changes the large linears and the head before that.
     Raises: UserError naming what is missing, left over or misshapen; a quantised file and another ``quantiser``.
     """
     packed = find_packed(tensors, source)
@@ -124,17 +125,25 @@ def _weight(
     prepare: Prepare | None,
 ) -> Tensor | QuantizedLinear:
     """The checkpoint's tensor ``name`` as the model takes it, packed or plain."""
-    linear = None if packed is None else packed.read(tensors)
-    weight = tensors[name] if linear is None else linear.dequantized()
-    prepared = prepare(name.removesuffix(".weight"), weight) if prepare and is_large_linear(name) else weight
-    if linear is not None:
-        if prepared is not weight:
-            raise UserError(
-                f"{name} is quantised already, and the adapter changes it before that",
-                fix="give the full-precision checkpoint and --quant, which quantises what the adapter leaves",
-            )
-        return weight if quantiser is not None and quantiser.keep(name) else linear
-    return quantiser.module(name, prepared) if quantiser is not None and quantiser.takes(name) else prepared
+    if packed is None:
+        weight = _prepared(name, tensors[name], prepare)
+        return quantiser.module(name, weight) if quantiser is not None and quantiser.takes(name) else weight
+    linear = packed.read(tensors)
+    keep = quantiser is not None and quantiser.keep(name)
+    if prepare is None and not keep:
+        return linear
+    weight = linear.dequantized()
+    if _prepared(name, weight, prepare) is not weight:
+        raise UserError(
+            f"{name} is quantised already, and the adapter changes it before that",
+            fix="give the full-precision checkpoint and --quant, which quantises what the adapter leaves",
+        )
+    return weight if keep else linear
+
+
+def _prepared(name: str, weight: Tensor, prepare: Prepare | None) -> Tensor:
+    is_linear = is_large_linear(name) or name == HEAD
+    return prepare(name.removesuffix(".weight"), weight) if prepare is not None and is_linear else weight
 
 
 def _check_quantiser(packed: Mapping[str, PackedWeight], quantiser: Quantiser | None, source: str) -> None:

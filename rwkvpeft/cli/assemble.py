@@ -12,7 +12,14 @@ from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.adapter import Recipe, check_base, load_adapter
 from rwkvpeft.checkpoints.files import MappedTensors, load_tensors, save_tensors
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
-from rwkvpeft.checkpoints.quantised import Quantiser, find_packed, model_fingerprint, model_outline
+from rwkvpeft.checkpoints.quantised import (
+    Quantisation,
+    Quantiser,
+    find_packed,
+    model_fingerprint,
+    model_outline,
+    quantisation_of,
+)
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import MethodConfig, ModelConfig, RuntimeConfig, TrainConfig
 from rwkvpeft.config.resolve import Machine
@@ -33,8 +40,8 @@ class Base:
     tensors: MappedTensors
     outline: dict[str, torch.Tensor]
     """Shapes and dtypes of the model's tensors."""
-    packed: str = "none"
-    """The format of a base that is quantised in its file."""
+    packed: Quantisation
+    """How the file itself stores the large linears."""
 
 
 def find_machine(accelerator: str) -> Machine:
@@ -75,8 +82,7 @@ def open_base(config: ModelConfig) -> Base:
             fix=f"leave --{name} out: the file tells it",
         )
     findings.raise_any()
-    formats = {weight.format.name for weight in packed.values()}
-    return Base(config.load_model, shape, tensors, outline, ", ".join(sorted(formats)) or "none")
+    return Base(config.load_model, shape, tensors, outline, quantisation_of(packed))
 
 
 def choose_operator(shape: ModelShape, runtime: RuntimeConfig) -> tuple[Choice, list[str]]:
@@ -110,23 +116,28 @@ def make_adapter(method: MethodConfig) -> Adapter | None:
     return build_adapter(method.peft, method.peft_config, parts)
 
 
-def make_quantiser(config: TrainConfig, adapter: Adapter | None) -> Quantiser | None:
-    """How the frozen linears are stored; None if as in the file.
+def quantisation(base: Base, method: MethodConfig) -> Quantisation:
+    """How the run stores the large linears: as the flags say, or as a quantised base has them."""
+    asked = Quantisation(method.quant, method.quant_double, method.quant_head)
+    if asked.quant == "none":
+        return base.packed
+    return asked._replace(head=asked.head or base.packed.head)
 
-    Raises: UserError if the format or its package is not there.
+
+def make_quantiser(base: Base, config: TrainConfig, adapter: Adapter | None) -> Quantiser | None:
+    """What quantises the frozen linears; None if they stay as in an ordinary file.
+
+    Raises: UserError if the format or its package is not there, or a quantised base is to be trained itself.
     """
-    method = config.method
-    if method.quant == "none" or adapter is None:
+    stored = quantisation(base, config.method)
+    if stored.quant == "none":
         return None
+    if adapter is None:
+        raise UserError(f"{base.path} is a quantised model, whose weights cannot be trained themselves",
+                        found="--peft none", fix="--peft lora, or the full-precision checkpoint")
     # a GPU quantises faster, and the weights end up there anyway
     device = find_device(config.runtime)
-    return Quantiser(
-        method.quant,
-        double=method.quant_double,
-        head=method.quant_head,
-        device=device if device == "cuda" else "cpu",
-        keep=adapter.trains,
-    )
+    return Quantiser(*stored, device=device if device == "cuda" else "cpu", keep=adapter.trains)
 
 
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
@@ -176,7 +187,7 @@ def build_for_training(
         device="cpu",
         dtype=base.outline["emb.weight"].dtype,
         source=base.path,
-        quantiser=make_quantiser(config, adapter),
+        quantiser=make_quantiser(base, config, adapter),
         prepare=adapter.prepare if adapter else None,
     )
     model.checkpointing = bool(config.runtime.grad_cp)
@@ -203,15 +214,16 @@ def write_constants(config: TrainConfig, adapter: Adapter | None, model: Rwkv) -
 
 def make_recipe(base: Base, config: TrainConfig, adapter: Adapter | None) -> Recipe:
     """What merging or going on needs to know of this run."""
+    stored = quantisation(base, config.method)
     return Recipe(
         method=adapter.name if adapter else "none",
         config=adapter.settings() if adapter else {},
         train_parts=list(adapter.parts.names) if adapter else [],
         base_model=base.path.replace("\\", "/").rpartition("/")[2],
         base_fingerprint=model_fingerprint(base.path),
-        quant=base.packed if base.packed != "none" else config.method.quant,
-        quant_double=config.method.quant_double,
-        quant_head=config.method.quant_head,
+        quant=stored.quant,
+        quant_double=stored.double,
+        quant_head=stored.head,
         version=base.shape.version,
         shape=asdict(base.shape),
         tokenizer=config.data.tokenizer,
