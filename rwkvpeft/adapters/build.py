@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.adapters.combined import CombinedAdapter
+from rwkvpeft.adapters.profile import ProfileAdapter
 from rwkvpeft.adapters.targets import few
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTERS, find
@@ -27,6 +28,8 @@ def build_adapter(method: str, settings: Mapping[str, Any], train_parts: Iterabl
         if settings:
             raise UserError("--peft_config has no effect without an adapter", found=sorted(settings), fix="--peft lora")
         return None
+    if method == "profile":
+        return ProfileAdapter.from_settings(settings, train_parts)
     if "+" in method:
         return _with_state(method, settings, train_parts)
     if method == "lora":
@@ -42,7 +45,7 @@ def build_adapter(method: str, settings: Mapping[str, Any], train_parts: Iterabl
 def _with_state(method: str, settings: Mapping[str, Any], train_parts: Iterable[str]) -> CombinedAdapter:
     names = [name.strip() for name in method.split("+")]
     others = [name for name in names if name != "state"]
-    if len(names) != 2 or len(others) != 1 or others[0] == "none":
+    if len(names) != 2 or len(others) != 1 or others[0] in ("", "none"):
         raise UserError("--peft combines one method with state", found=method, expected="METHOD+state")
     own = {key: value for key, value in settings.items() if key != "state"}
     state = settings.get("state", {})

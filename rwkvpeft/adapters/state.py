@@ -42,11 +42,15 @@ class StateAdapter(Adapter):
         shape: Any = model.shape
         heads, size = shape.dim_att // shape.head_size, shape.head_size
         device = device_of(model)
-        for layer in range(shape.n_layer):
+        for layer in self.layers(shape.n_layer):
             self._start(model, f"blocks.{layer}.att.time_state", torch.zeros(heads, size, size, device=device))
             if self.config.token_shift:
                 for part in ("att", "ffn"):
                     self._start(model, f"blocks.{layer}.{part}.shift_state", torch.zeros(shape.n_embd, device=device))
+
+    def layers(self, n_layer: int) -> list[int]:
+        """The layers whose start is trained: all of them."""
+        return list(range(n_layer))
 
     def _start(self, model: nn.Module, name: str, zeros: Tensor) -> None:
         before = _get(model, name)
@@ -97,15 +101,24 @@ def _set(model: nn.Module, name: str, start: nn.Parameter | None) -> None:
 
 
 def check_states(
-    tensors: Mapping[str, Tensor], *, n_layer: int, dim_att: int, head_size: int | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    n_layer: int,
+    dim_att: int,
+    head_size: int | None = None,
+    every_layer: bool = True,
 ) -> None:
-    """Compare a file's ``time_state`` tensors with the sizes of a model; ``head_size`` None: it is not known.
+    """Compare a file's ``time_state`` tensors with the sizes of a model.
 
-    Raises: UserError if a layer has no state, or its heads do not make up the width of the time mixing.
+    Args:
+        head_size: None if it is not known.
+        every_layer: whether each layer must have a state, as all but a layer profile give it one.
+    Raises: UserError if a layer has no state or is none of the model's, or if a state's heads do not make up the width
+        of the time mixing.
     """
     found = [name for name in tensors if name.endswith(".time_state")]
-    expected = [f"blocks.{i}.att.time_state" for i in range(n_layer)]
-    if sorted(found) != sorted(expected):
+    expected = {f"blocks.{i}.att.time_state" for i in range(n_layer)}
+    if not expected.issuperset(found) or (every_layer and len(found) < n_layer):
         raise UserError(
             "the state file does not fit the base model",
             found=f"{len(found)} tensors",

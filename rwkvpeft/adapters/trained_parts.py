@@ -25,7 +25,8 @@ PARTS: dict[str, str] = {
 }
 """Part: pattern of its parameter names."""
 
-_UNUSED = re.compile(r"^blocks\.0\.att\.v[012]$")
+UNREAD = re.compile(r"^blocks\.0\.att\.v[012]$")
+"""Parameters that v7 has and never reads."""
 
 
 class TrainedParts:
@@ -46,7 +47,7 @@ class TrainedParts:
 
     def includes(self, name: str) -> bool:
         """Whether the base parameter ``name`` is trained. Layer 0 of v7 has v0, v1, v2 but never reads them."""
-        return not _UNUSED.match(name) and any(pattern.search(name) for pattern in self._patterns)
+        return not UNREAD.match(name) and any(pattern.search(name) for pattern in self._patterns)
 
     def attach(self, model: nn.Module, exclude: Collection[str] = ()) -> None:
         """Make the chosen parameters fp32 and trainable; their frozen values are kept for ``restored``.
@@ -58,14 +59,21 @@ class TrainedParts:
             for name, parameter in model.named_parameters()
             if name not in exclude and self.includes(name)
         }
-        for part, pattern in zip(self.names, self._patterns, strict=True):
-            if not any(pattern.search(name) for name in chosen):
-                raise UserError(f"--train_parts {part} selects no parameter of this model")
+        self.check(chosen)
         for name, parameter in chosen.items():
             self._frozen[name] = parameter.detach()
             # a copy even where the base is fp32 already: the frozen values may be a read-only memory map
             parameter.data = parameter.detach().to(torch.float32, copy=True)
             parameter.requires_grad_(True)
+
+    def check(self, chosen: Collection[str]) -> None:
+        """Look for parts without a parameter among the ``chosen``.
+
+        Raises: UserError for the first one.
+        """
+        for part, pattern in zip(self.names, self._patterns, strict=True):
+            if not any(pattern.search(name) for name in chosen):
+                raise UserError(f"--train_parts {part} selects no parameter of this model")
 
     def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""

@@ -102,7 +102,7 @@ def make_plan(
         for fold in folds:
             _place(name, tensor, fold, plan, used, path)
     for fold in folds:
-        _check_states(base, fold.tensors, path)
+        _check_states(base, fold, path)
         for name, tensor in fold.tensors.items():
             if name not in base and fold.method.is_addition(name):
                 plan.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
@@ -130,8 +130,8 @@ def _place(name: str, tensor: Tensor, fold: Fold, plan: Plan, used: set[str], pa
         plan.changed.add(name)
 
 
-def _check_states(base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    if not any(name.endswith(".time_state") for name in tensors):
+def _check_states(base: Mapping[str, Tensor], fold: Fold, path: Path) -> None:
+    if not any(name.endswith(".time_state") for name in fold.tensors):
         return
     layers = {name.split(".")[1] for name in base if name.startswith("blocks.")}
     width = base.get("blocks.0.att.receptance.weight")
@@ -140,7 +140,11 @@ def _check_states(base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
     heads = [base[name] for key in ("r_k", "time_faaaa", "time_decay") if (name := f"blocks.0.att.{key}") in base]
     two_axes = [tuple(tensor.shape) for tensor in heads if tensor.dim() == 2]
     check_states(
-        tensors, n_layer=len(layers), dim_att=width.shape[0], head_size=two_axes[0][1] if two_axes else None
+        fold.tensors,
+        n_layer=len(layers),
+        dim_att=width.shape[0],
+        head_size=two_axes[0][1] if two_axes else None,
+        every_layer=fold.recipe.method != "profile",
     )
 
 
