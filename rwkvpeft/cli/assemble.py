@@ -9,6 +9,7 @@ import torch
 
 from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.adapters.build import build_adapter
+from rwkvpeft.adapters.profile import ProfileAdapter
 from rwkvpeft.checkpoints.adapter import Recipe, check_base, load_adapter
 from rwkvpeft.checkpoints.files import MappedTensors, load_tensors, save_tensors
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
@@ -22,8 +23,10 @@ from rwkvpeft.checkpoints.quantised import (
 )
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import MethodConfig, ModelConfig, RuntimeConfig, TrainConfig
+from rwkvpeft.config.layer_profile import read_layer_profile, with_states
 from rwkvpeft.config.resolve import Machine
 from rwkvpeft.errors import UserError
+from rwkvpeft.memory import check_memory
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.choose import Choice, choose_backend
@@ -106,11 +109,16 @@ def choose_operator(shape: ModelShape, runtime: RuntimeConfig) -> tuple[Choice, 
     return choose_backend(operator, runtime.op, needs), []
 
 
-def make_adapter(method: MethodConfig) -> Adapter | None:
+def make_adapter(method: MethodConfig, shape: ModelShape) -> Adapter | None:
     """The adapter the settings ask for; None for full training.
 
-    Raises: UserError for settings the method does not take.
+    Raises: UserError for settings the method does not take, and for a layer profile made for another model.
     """
+    if method.layer_profile:
+        rows = read_layer_profile(method.layer_profile)
+        profile = ProfileAdapter(with_states(rows) if method.peft == "state" else rows, method.train_parts)
+        profile.plan.check_layers(shape.n_layer)
+        return profile
     # a tuned state is used with the base as it is, so nothing of the base may change beside it
     parts = [] if method.peft == "state" else method.train_parts
     return build_adapter(method.peft, method.peft_config, parts)
@@ -138,6 +146,11 @@ def make_quantiser(base: Base, config: TrainConfig, adapter: Adapter | None) -> 
     # a GPU quantises faster, and the weights end up there anyway
     device = find_device(config.runtime)
     return Quantiser(*stored, device=device if device == "cuda" else "cpu", keep=adapter.trains)
+
+
+def check_fits(base: Base, config: TrainConfig) -> None:
+    """Raises: UserError if a run with these settings cannot fit into memory."""
+    check_memory(base.shape, config, make_adapter(config.method, base.shape), base.packed)
 
 
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:

@@ -37,7 +37,8 @@ def _model_lines(config: TrainConfig, base: Base, model: Rwkv) -> list[str]:
     shape = base.shape
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    method = _METHODS.get(config.method.peft, config.method.peft)
+    kind = _kind(config)
+    method = config.method.layer_profile if kind == "profile" else _METHODS.get(kind, kind)
     if config.method.peft == "lora" and config.method.train_parts:
         method += f" and {', '.join(config.method.train_parts)}"
     return [
@@ -71,13 +72,18 @@ def end_lines(config: TrainConfig, result: FitResult) -> list[str]:
         return lines
     lines.append(f"result    {newest}")
     base = config.model.load_model
-    if config.method.peft == "none" or config.method.merge:
+    if _kind(config) == "none" or config.method.merge:
         lines.append(f"try it    python -m rwkvpeft.generate --model {newest} --prompt '...'")
         return lines
-    option = "--state" if config.method.peft == "state" else "--adapter"
+    option = "--state" if _kind(config) == "state" else "--adapter"
     lines.append(f"try it    python -m rwkvpeft.generate --model {base} {option} {newest} --prompt '...'")
     lines.append(f"merge it  python merge.py --base_model {base} --checkpoint {newest} --output MERGED.pth")
     return lines
+
+
+def _kind(config: TrainConfig) -> str:
+    """The method; beside a layer profile ``--peft`` names none."""
+    return "profile" if config.method.layer_profile else config.method.peft
 
 
 def _count(number: int) -> str:

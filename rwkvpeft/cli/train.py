@@ -51,22 +51,21 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
-    from rwkvpeft.memory import check_memory
     from rwkvpeft.training.fit import fit
     from rwkvpeft.training.optimizers.contract import find_optimizer
     from rwkvpeft.training.strategies import find_device
 
     seed = config.runtime.random_seed
     base = assemble.open_base(config.model)
-    adapter = assemble.make_adapter(config.method)
+    adapter = assemble.make_adapter(config.method, base.shape)
     operator, more = assemble.choose_operator(base.shape, config.runtime)
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
-    check_memory(base.shape, config)
+    assemble.check_fits(base, config)
     assert config.data.ctx_len is not None
     dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
     if config.data.dataload == "only":
-        check_memory(base.shape, assemble.with_longest_row(config, dataset.report().longest))
+        assemble.check_fits(base, assemble.with_longest_row(config, dataset.report().longest))
     if config.data.preview:
         print(preview(dataset, config.data.preview, color=sys.stdout.isatty()))
         return 0
@@ -157,21 +156,11 @@ def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> Re
 
 
 def _out_of_memory(config: TrainConfig, reason: BaseException) -> UserError:
-    ways = []
-    if config.schedule.micro_bsz > 1:
-        steps = config.schedule.accumulate_grad_batches * config.schedule.micro_bsz
-        ways.append(f"--micro_bsz 1 --accumulate_grad_batches {steps} (the same step in smaller pieces)")
-    if not config.runtime.grad_cp:
-        ways.append("--grad_cp 1")
-    if config.runtime.precision in ("fp32", "tf32"):
-        ways.append("--precision bf16")
-    if (config.data.ctx_len or 0) > 512:
-        ways.append("--ctx_len 512")
-    if config.method.peft == "none":
-        ways.append("--peft lora")
+    from rwkvpeft.memory import ways_out
+
     lines = str(reason).strip().splitlines()
     return UserError(
         "there is not enough memory for this run",
         found=lines[0] if lines else type(reason).__name__,
-        fix=ways or "a smaller model or a larger machine",
+        fix=ways_out(config) or "a smaller model or a larger machine",
     )
