@@ -18,24 +18,24 @@ def members(method: str) -> list[str]:
     return [name for part in method.split("+") if (name := part.strip()) not in ("", "none")]
 
 
-def check_method(method: str, findings: Findings) -> None:
+def check_method(method: str, findings: Findings, *, flag: str = "--peft") -> None:
     """Note a combination that is none, and names neither ours nor in the installed Hugging Face peft.
 
     Whether a tuner of that package works on RWKV is for ``adapters.huggingface`` to say.
     """
     names = members(method)
     if "+" in method and (len(names) != 2 or names.count("state") != 1):
-        findings.add("--peft combines one method with state", found=method, expected="METHOD+state")
+        findings.add(f"{flag} combines one method with state", found=method, expected="METHOD+state")
         return
     for name in names:
         if name not in ADAPTERS and name not in (theirs := hugging_face_methods()):
             # our names first: many of theirs are a letter away
             near = get_close_matches(name, ADAPTERS, 1, 0.75) or get_close_matches(name, [*ADAPTERS, *theirs], 1)
-            fixes = [f"--peft {near[0]}"] if near else []
+            fixes = [f"{flag} {near[0]}"] if near else []
             if not theirs:
                 fixes.append("pip install 'rwkvpeft[peft]' for Hugging Face's methods")
             findings.add(
-                f"--peft does not know {name!r}",
+                f"{flag} does not know {name!r}",
                 found=name,
                 expected=["none", *ADAPTERS, "METHOD+state", "a method of Hugging Face peft"],
                 fix=", or ".join(fixes) or None,

@@ -11,6 +11,7 @@ import torch
 
 from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import load_tensors, save_tensors
+from rwkvpeft.checkpoints.quantised import Quantiser
 from rwkvpeft.cli.merge import main
 
 BASE = {"emb.weight": torch.ones(4, 6), "blocks.0.att.receptance.weight": torch.ones(6, 6),
@@ -60,6 +61,68 @@ def test_the_state_merge_of_the_tutorials_runs(folder):
     assert torch.equal(load_tensors(folder / "out.pth")["blocks.0.att.time_state"], STATE["blocks.0.att.time_state"])
 
 
+def test_several_adapters_are_added_by_their_weights(folder):
+    other = {"blocks.0.att.key.lora_A": torch.ones(1, 6), "blocks.0.att.key.lora_B": torch.ones(6, 1)}
+    save_adapter(folder / "a.pth", LORA, Recipe(method="lora", config={"lora_alpha": 2}))
+    save_adapter(folder / "s.pth", other, Recipe(method="lora", config={"lora_alpha": 1}))
+    assert run(folder, "--checkpoint", "a.pth", "s.pth", "--weights", "0.5", "-2") == 0
+    assert merged_key(folder) == 0.5 * 2 - 2 * 1
+
+
+def test_a_method_and_a_state_are_merged_together(folder):
+    lora = ["--lora_checkpoint", "a.pth", "--type", "lora", "--lora_alpha", "2"]
+    assert run(folder, *lora, "--state_checkpoint", "s.pth") == 0
+    assert merged_key(folder) == 2
+    assert "blocks.0.att.time_state" in load_tensors(folder / "out.pth")
+
+
+@pytest.mark.parametrize("type_", ["none", "miss", "disha", "bone"])
+@pytest.mark.parametrize("part", ["miss", "disha", "bone"])
+def test_miss_is_one_method_under_three_names(folder, type_, part):
+    save_tensors(folder / "a.pth", {f"blocks.0.att.key.{part}": torch.full((3, 6), 0.5)})
+    assert run(folder, "--peft_checkpoint", "a.pth", "--type", type_) == 0
+    assert merged_key(folder) == 0.5
+
+
+@pytest.mark.parametrize("type_", ["none", "pissa"])
+def test_pissas_start_values_are_taken_out_of_the_base(folder, type_):
+    start = {"blocks.0.att.key.init_lora_A": torch.ones(2, 6), "blocks.0.att.key.init_lora_B": torch.ones(6, 2) / 4}
+    save_tensors(folder / "s.pth", start)
+    assert run(folder, "--lora_init", "s.pth", "--lora_checkpoint", "a.pth", "--type", type_) == 0
+    assert merged_key(folder) == 2 - 0.5
+
+
+def quantised_lora(folder: Path, quant: str) -> torch.Tensor:
+    """Write the adapter as trained on a base in that format; returns the base's matrix after quantising."""
+    torch.manual_seed(1)
+    weight = torch.randn(6, 6)
+    save_tensors(folder / "base.pth", {**BASE, "blocks.0.att.key.weight": weight})
+    save_adapter(folder / "a.pth", LORA, Recipe(method="lora", config={"lora_alpha": 2}, quant=quant))
+    return Quantiser("fp8").round_trip("blocks.0.att.key.weight", weight)
+
+
+def test_the_base_is_quantised_and_back_as_training_did(folder, capsys):
+    weight = quantised_lora(folder, "fp8")
+    assert run(folder, "--checkpoint", "a.pth") == 0
+    assert torch.equal(load_tensors(folder / "out.pth")["blocks.0.att.key.weight"], weight + 2)
+    assert "base: quantised to fp8 and back, as in training" in capsys.readouterr().out
+
+
+def test_a_format_can_be_forced(folder, capsys):
+    weight = quantised_lora(folder, "none")
+    assert run(folder, "--checkpoint", "a.pth", "--quant", "fp8") == 0
+    assert torch.equal(load_tensors(folder / "out.pth")["blocks.0.att.key.weight"], weight + 2)
+    assert "as --quant says (the recipe: none)" in capsys.readouterr().out
+
+
+def test_the_base_can_be_merged_as_it_is(folder, capsys):
+    quantised_lora(folder, "fp8")
+    assert run(folder, "--checkpoint", "a.pth", "--quant", "none") == 0
+    base = load_tensors(folder / "base.pth")["blocks.0.att.key.weight"]
+    assert torch.equal(load_tensors(folder / "out.pth")["blocks.0.att.key.weight"], base + 2)
+    assert "as it is, although it was fp8 in training" in capsys.readouterr().out
+
+
 def test_the_outputs_ending_chooses_the_format(folder):
     load_file = pytest.importorskip("safetensors.torch").load_file
     assert main(["--base_model", str(folder / "base.pth"), "--checkpoint", str(folder / "s.pth"),
@@ -70,13 +133,16 @@ def test_the_outputs_ending_chooses_the_format(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "exactly one adapter"),
-        (["--checkpoint", "a.pth", "--state_checkpoint", "s.pth"], "exactly one adapter"),
+        ([], "no adapter"),
+        (["--checkpoint", "a.pth", "s.pth", "--weights", "1"], "--weights needs one number"),
+        (["--checkpoint", "a.pth", "--weights", "nan"], "--weights must be finite"),
         (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
         (["--checkpoint", "a.pth", "--type", "pissa"], "pissa"),
         (["--checkpoint", "a.pth", "--type", "state"], "another kind"),
-        (["--checkpoint", "a.pth", "--quant", "nf4"], "nf4"),
-        (["--checkpoint", "a.pth", "--lora_init", "init.pth"], "PiSSA"),
+        (["--checkpoint", "a.pth", "--type", "lroa"], "--type lora"),
+        (["--checkpoint", "a.pth", "s.pth", "--lora_init", "a.pth"], "belongs to one adapter"),
+        (["--checkpoint", "s.pth", "--type", "state", "--lora_init", "a.pth"], "PiSSA"),
+        (["--state_checkpoint", "s.pth", "--lora_alpha", "16"], "no effect"),
         (["--checkpoint", "a.pth", "--format", "hf"], "hf"),
         (["--checkpoint", "a.pth", "--output", "base.pth"], "overwrite"),
     ],
