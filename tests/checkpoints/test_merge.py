@@ -11,7 +11,6 @@ import torch
 from rwkvpeft.checkpoints import merge
 from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
-from rwkvpeft.checkpoints.adapter import infer_recipe
 from rwkvpeft.checkpoints.merge import merge_files
 from rwkvpeft.errors import UserError
 
@@ -170,13 +169,14 @@ import resource, sys, torch
 from rwkvpeft.checkpoints.merge import merge_files
 merge_files(sys.argv[1], sys.argv[1].replace("base", "a"), sys.argv[2])  # a small merge warms everything up
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-merge_files(sys.argv[3], sys.argv[4], sys.argv[5])
+merge_files(sys.argv[3], sys.argv[4], sys.argv[5], quant=sys.argv[6])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_path, quant):
     width, layers = 2048, 60
     matrix = torch.randn(width, width).to(torch.bfloat16)
     save_tensors(tmp_path / "big.pth", {
@@ -188,7 +188,7 @@ def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_pat
     }, LORA)
     small_adapter = tmp_path / "a.pth"
     save_adapter(small_adapter, lora_tensors(), LORA)
-    arguments = [files[0], files[2], tmp_path / "big.pth", tmp_path / "big_a.pth", tmp_path / "big_out.pth"]
+    arguments = [files[0], files[2], tmp_path / "big.pth", tmp_path / "big_a.pth", tmp_path / "big_out.pth", quant]
     command = [sys.executable, "-c", PEAK, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     model_bytes = (tmp_path / "big.pth").stat().st_size

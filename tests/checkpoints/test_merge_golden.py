@@ -23,7 +23,8 @@ def merge(golden, tmp_path):
         base, adapter = golden / f"peft_base_{dtype}.pth", golden / f"peft_{kind}_{dtype}_adapter.pth"
         initial = golden / f"peft_pissa_{dtype}_init_pissa.pth" if kind == "pissa" else None
         tensors = load_tensors(adapter)
-        start = {name.removeprefix("model."): tensor for name, tensor in load_tensors(initial).items()} if initial else {}
+        start = load_tensors(initial) if initial else {}
+        start = {name.removeprefix("model."): tensor for name, tensor in start.items()}
         recipe = infer_recipe({**tensors, **start}, kind)
         merge_files(base, adapter, tmp_path / "out.pth", recipe=recipe, initial=initial, quant=quant)
         return load_tensors(tmp_path / "out.pth"), load_tensors(base), {**tensors, **start}
