@@ -7,6 +7,7 @@ import torch
 
 from rwkvpeft import load_model
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
+from rwkvpeft.checkpoints.quantised import Quantiser
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import MODELS, find
@@ -48,6 +49,26 @@ def test_a_merged_state_is_loaded_in_fp32(tmp_path, weights):
     merged = {name: tensor.bfloat16() for name, tensor in weights.items()}
     save_tensors(tmp_path / "m.pth", merged | {"blocks.1.att.time_state": state})
     assert torch.equal(load_model(tmp_path / "m.pth").blocks[1].att.time_state, state)
+
+
+def test_merged_first_shifts_are_loaded_and_used(tmp_path, weights):
+    # new weights end in zeros, behind which nothing shows
+    weights = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in weights.items()}
+    save_tensors(tmp_path / "m.pth", weights)
+    shifts = {"blocks.0.att.shift_state": torch.randn(32), "blocks.1.ffn.shift_state": torch.randn(32)}
+    save_tensors(tmp_path / "s.pth", weights | shifts)
+    plain, shifted = load_model(tmp_path / "m.pth"), load_model(tmp_path / "s.pth")
+    assert torch.equal(shifted.blocks[1].ffn.shift_state, shifts["blocks.1.ffn.shift_state"])
+    assert not torch.equal(shifted.hidden(TOKENS)[0], plain.hidden(TOKENS)[0])
+
+
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_quantised(tmp_path, weights):
+    del weights["ln_out.bias"]
+    save_tensors(tmp_path / "m.pth", weights)
+    quantiser = Quantiser("fp8")
+    quantiser.module = lambda name, weight: pytest.fail("a weight was quantised")
+    with pytest.raises(UserError, match="ln_out.bias is missing"):
+        load_model(tmp_path / "m.pth", quantiser=quantiser)
 
 
 @pytest.mark.parametrize(
