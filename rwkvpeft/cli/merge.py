@@ -199,9 +199,9 @@ def _base_line(inputs: Sequence[MergeInput], used: str) -> str:
     """What merging did to the base before the adapters joined it, and whether training did the same."""
     trained = {item.recipe.quant for item in inputs if item.recipe is not None}
     told = ", ".join(sorted(trained))
-    if trained == {used}:
-        return "base: as it is, as in training" if used == "none" else (
-            f"base: quantised to {used} and back, as in training: the result equals what was trained")
     if used == "none":
-        return f"base: as it is, although it was {told} in training: the result differs by what quantising lost"
+        return "base: as it is" if trained == {"none"} else (
+            f"base: as it is, although it was {told} in training: the result differs by what quantising lost")
+    if trained == {used}:
+        return f"base: quantised to {used} and back, as in training: the result equals what was trained"
     return f"base: quantised to {used} and back, as --quant says (the recipe: {told})"

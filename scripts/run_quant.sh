@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Any method on a quantised base:  bash scripts/run_quant.sh [FORMAT] [METHOD]   for example  nf4 pissa  (QPiSSA)
+# FORMAT is int8, nf4, fp4 or fp8. All but fp8 need bitsandbytes, which is installed. The environment can set quant_flags
+# ("--quant_double --quant_head"), peft_config, and what method.sh says.
+set -euo pipefail
+quant=${1:-nf4}
+method=${2:-lora}
+extras=${extras:-plot,bnb}
+source "$(dirname "${BASH_SOURCE[0]}")/method.sh"
+
+peft_config=${peft_config:-'{"r":32}'}
+# unquoted below: it holds several flags
+quant_flags=${quant_flags:-}
+
+train_method "$quant-$method" --peft "$method" --peft_config "$peft_config" --quant "$quant" $quant_flags

@@ -1,0 +1,116 @@
+"""The scripts of the methods: each one's command line, with a python that writes down what it is called with."""
+
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvpeft.adapters.build import build_adapter
+from rwkvpeft.checkpoints.files import load_tensors, save_tensors
+from rwkvpeft.cli.merge import main as merge
+from rwkvpeft.config.methods import members
+from rwkvpeft.config.parse import parse_train
+from rwkvpeft.config.resolve import Machine, resolve
+from rwkvpeft.registry import ADAPTERS
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = {
+    "run_full.sh": "none",
+    "run_lora.sh": "lora",
+    "run_dora.sh": "dora",
+    "run_pissa.sh": "pissa",
+    "miss.sh": "miss",
+    "run_disha.sh": "disha",
+    "run_bone.sh": "bone",
+    "run_bat.sh": "bat",
+    "run_lora_state.sh": "lora+state",
+    "run_quant.sh": "lora",
+    "run_qlora.sh": "lora",
+    "run_qpissa.sh": "pissa",
+    "run_profile.sh": "none",
+    "run_adalora.sh": "adalora",
+    "demo-state-tuning.sh": "state",
+}
+MERGE = {
+    "merge_lora.sh": "lora_checkpoint",
+    "merge_pissa.sh": "pissa_checkpoint",
+    "merge_disha.sh": "peft_checkpoint",
+    "merge_bone.sh": "peft_checkpoint",
+    "demo-state-merge.sh": "state_checkpoint",
+}
+LINEAR = "blocks.0.att.key"
+
+
+@pytest.fixture
+def command_line(tmp_path):
+    """Run a script in an environment that counts as installed; returns the words of the last python command."""
+    fake = tmp_path / "venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/words"\n')
+    fake.chmod(0o755)
+    sums = subprocess.run(["cksum", "pyproject.toml", "constraints.txt"], cwd=ROOT, capture_output=True, check=True)
+    (tmp_path / "venv" / "installed-fake").write_bytes(sums.stdout)
+
+    def run(script, *words, **settings):
+        if script == "run_adalora.sh" and find_spec("peft") is None:
+            pytest.skip("peft is not installed")
+        environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "extras": "fake", **settings}
+        command = ["bash", str(ROOT / "scripts" / script), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "words").read_text().splitlines()[1:]
+
+    return run
+
+
+def resolved(words):
+    return resolve(parse_train(words), Machine("cpu", has_bf16=False))[0]
+
+
+def test_every_script_of_a_method_is_tested_here():
+    tested = {*TRAIN, *MERGE, "quickstart.sh", "setup.sh", "method.sh", "test.sh"}
+    assert {path.name for path in (ROOT / "scripts").glob("*.sh")} == tested
+
+
+@pytest.mark.parametrize(("script", "method"), TRAIN.items())
+def test_a_scripts_settings_are_those_of_its_method(script, method, command_line):
+    config = resolved(command_line(script))
+    assert config.method.peft == method
+    if members(method) and set(members(method)) <= set(ADAPTERS):
+        build_adapter(method, config.method.peft_config)
+    assert (ROOT / config.model.load_model).is_file()
+    assert not config.method.layer_profile or (ROOT / config.method.layer_profile).is_file()
+
+
+@pytest.mark.parametrize("script", TRAIN)
+def test_a_script_takes_another_model_and_data(script, command_line):
+    config = resolved(command_line(script, load_model="m.pth", data_file="d", n_layer="24", tokenizer="world"))
+    assert (config.model.load_model, config.data.data_file) == ("m.pth", "d")
+    assert (config.model.n_layer, config.data.tokenizer) == (24, "world")
+
+
+def test_the_quantised_scripts_quantise(command_line):
+    assert resolved(command_line("run_quant.sh", "int8", "miss")).method.quant == "int8"
+    assert resolved(command_line("run_quant.sh", quant_flags="--quant_double --quant_head")).method.quant_head
+    assert resolved(command_line("run_qlora.sh")).method.quant_double
+    assert resolved(command_line("run_qpissa.sh")).method.quant == "nf4"
+
+
+@pytest.mark.parametrize(("script", "variable"), MERGE.items())
+def test_a_merge_script_merges_what_its_training_script_writes(script, variable, command_line, tmp_path):
+    base = load_tensors(ROOT / "scripts/data/base-v7-bytes.pth")
+    lora = {"lora_A": torch.ones(1, 128), "lora_B": torch.ones(128, 1)}
+    written = {
+        "merge_lora.sh": {f"{LINEAR}.{name}": tensor for name, tensor in lora.items()},
+        "merge_pissa.sh": {f"{LINEAR}.{name}": tensor for name, tensor in lora.items()},
+        "demo-state-merge.sh": {f"blocks.{layer}.att.time_state": torch.ones(2, 64, 64) for layer in range(4)},
+    }.get(script, {f"{LINEAR}.miss": torch.ones(4, 128)})
+    save_tensors(tmp_path / "rwkv-4.pth", written)
+    save_tensors(tmp_path / "init_pissa.pth", {f"{LINEAR}.init_{name}": tensor / 2 for name, tensor in lora.items()})
+    output = tmp_path / "merged.pth"
+    words = command_line(script, **{variable: str(tmp_path / "rwkv-4.pth"), "output": str(output)})
+    assert merge([str(ROOT / word) if word.startswith("scripts/") else word for word in words]) == 0
+    merged = load_tensors(output)
+    assert len(merged) == len(base) + (4 if script == "demo-state-merge.sh" else 0)
