@@ -54,11 +54,10 @@ def method_lines(settings: type) -> str:
     """A method's own settings, one paragraph each; ``settings`` is a dataclass of ours or of another package."""
     paragraphs = []
     for item in fields(settings):
-        told = str(item.metadata.get("help", ""))
-        if not told or not item.init:
+        if not item.init:
             continue
-        # other packages write whole pages
-        told = textwrap.shorten(told, _LONGEST_HELP, placeholder=" ...")
+        # other packages write whole pages, or nothing
+        told = textwrap.shorten(str(item.metadata.get("help") or ""), _LONGEST_HELP, placeholder=" ...")
         default = item.default if item.default_factory is MISSING else item.default_factory()
         text = f"{told} {_default(None if default is MISSING else default, item.metadata.get('unit', ''))}".strip()
         alias = item.metadata.get("alias")

@@ -112,6 +112,17 @@ def test_merging_into_another_base(train, tiny_model, tmp_path, capsys):
     assert not (tmp_path / "merged.pth").exists()
 
 
+def test_merging_pissa_without_its_start_values(train, tiny_model, tmp_path, capsys):
+    train("--peft", "pissa")
+    adapter = torch.load(tmp_path / "out/rwkv-0.pth", weights_only=True)
+    bare = {name: tensor for name, tensor in adapter.items() if "init_lora" not in name}
+    torch.save(bare, tmp_path / "bare.pth")
+    files = f"--base_model {tiny_model} --checkpoint {tmp_path}/bare.pth --output {tmp_path}/merged.pth --type pissa"
+    assert merge(files.split()) == 2
+    assert "--lora_init" in capsys.readouterr().err
+    assert not (tmp_path / "merged.pth").exists()
+
+
 def test_a_token_beyond_the_vocabulary(mistake, tmp_path):
     write_binidx(tmp_path / "wide", [np.array([1, 2, 3, 0], dtype=np.uint16), np.array([7, 300, 0], dtype=np.uint16)])
     text = mistake("--data_file", tmp_path / "wide")
@@ -132,6 +143,35 @@ def test_an_unknown_value(mistake):
 
 def test_an_unknown_flag(mistake):
     assert "--lr_init" in mistake("--lr_int", "1e-5")
+
+
+def test_an_unknown_method(mistake):
+    text = mistake("--peft", "lroa")
+    assert "--peft does not know 'lroa'" in text
+    assert "--peft lora" in text
+
+
+def test_a_quantised_base_that_is_trained_itself(mistake):
+    text = mistake("--peft", "none", "--quant", "nf4")
+    assert "only frozen weights can be quantised" in text
+    assert "--peft lora --quant nf4" in text
+
+
+def test_an_unknown_format(mistake):
+    assert "--quant nf4" in mistake("--peft", "lora", "--quant", "nf5")
+
+
+def test_two_methods_of_which_none_is_state(mistake):
+    assert "METHOD+state" in mistake("--peft", "lora+miss")
+
+
+def test_a_layer_profile_that_is_not_there(mistake, tmp_path):
+    assert "nothing.csv" in mistake("--layer_profile", tmp_path / "nothing.csv")
+
+
+def test_a_rank_that_the_matrices_do_not_have(mistake):
+    text = mistake("--peft", "pissa", "--peft_config", '{"r": 64}')
+    assert "PiSSA's r is larger than" in text
 
 
 def test_settings_a_method_does_not_take(mistake):
@@ -156,7 +196,7 @@ def test_a_gpu_that_is_not_there(mistake):
 
 
 def test_a_document_that_no_memory_holds(mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkvpeft.memory.total_memory", lambda device_type: 20_000_000)
+    monkeypatch.setattr("rwkvpeft.memory.least.total_memory", lambda device_type: 20_000_000)
     write_binidx(tmp_path / "long", [np.array([1, 2, 0]), np.array([1] * 50_000 + [0])])
     words = ["--data_file", tmp_path / "long", "--peft", "state", "--dataload", "only", "--micro_bsz", "1"]
     assert "cannot fit into memory" in mistake(*words, "--ctx_len", "1000000")

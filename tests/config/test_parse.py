@@ -153,6 +153,7 @@ def test_help_shows_the_settings_of_another_packages_dataclass(capsys, monkeypat
     shown = method_help(capsys, "adalora", lambda method: Settings).split("--peft_config of --peft adalora")[1]
     assert "rank of the update. More about it." in shown
     assert "default: 8" in shown
+    assert "plain" in shown
     assert "not for users" not in shown
     assert shown.count("More about it.") < 50
 
