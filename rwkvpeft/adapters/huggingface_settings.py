@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, make_dataclass
 from dataclasses import field as new_field
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def method_settings(name: str) -> type:
     """
     tuner = find_tuner(name)
     items = [
-        (item.name, Any, new_field(default=_default(item), metadata=dict(item.metadata)))
+        (item.name, Any, new_field(default_factory=partial(_default, item), metadata=dict(item.metadata)))
         for item in _usable(tuner)
     ]
     return make_dataclass(f"{tuner.config.__name__}ForLinears", items, frozen=True)

@@ -48,4 +48,5 @@ def hugging_face_methods() -> list[str]:
     if package is None or not package.submodule_search_locations:
         return []
     source = Path(next(iter(package.submodule_search_locations))) / "utils" / "peft_types.py"
-    return [name.lower() for name in _PEFT_TYPE.findall(source.read_text(encoding="utf-8"))]
+    _, _, types = source.read_text(encoding="utf-8").partition("class PeftType")
+    return [name.lower() for name in _PEFT_TYPE.findall(types.partition("\nclass ")[0])]

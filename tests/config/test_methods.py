@@ -1,9 +1,12 @@
+import importlib
 import importlib.util
+from dataclasses import fields
 
 import pytest
 
 from rwkvpeft.config import methods
 from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.help import method_lines
 from rwkvpeft.config.methods import check_method, hugging_face_methods, members
 from rwkvpeft.registry import ADAPTERS
 
@@ -46,7 +49,16 @@ def test_without_peft_its_names_are_answered_with_how_to_install_it(without_peft
 def test_the_names_read_from_the_installed_peft_are_those_it_has():
     if importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
-    names = hugging_face_methods()
-    assert {"adalora", "loha", "lokr", "vera"} <= set(names)
+    assert {"adalora", "loha", "lokr", "vera"} <= set(hugging_face_methods())
     assert messages("adalora") == []
     assert "--peft adalora" in messages("adalroa")[0]
+
+
+@pytest.mark.slow
+def test_the_installed_peft_knows_every_name_that_is_read_and_its_help_can_be_shown():
+    pytest.importorskip("peft")
+    settings = importlib.import_module("rwkvpeft.adapters.huggingface_settings")
+    assert set(settings.tuner_names()) <= set(hugging_face_methods())
+    for name in settings.tuner_names():
+        kind = settings.method_settings(name)
+        assert all(item.name in method_lines(kind) for item in fields(kind))
