@@ -65,7 +65,7 @@ def expected(shape, settings):
 
 
 def least(shape, settings):
-    return least_need(shape, settings, adapter_of(settings))
+    return least_need(shape, settings, lambda part: adapter_of(settings))
 
 
 def real_model(shape, settings, weights=None):
@@ -137,7 +137,8 @@ def test_a_deep_model_is_expected_to_need_what_running_all_its_blocks_says(monke
     shape = replace(SMALL, n_layer=7)
     settings = config(peft, ctx_len=96, grad_cp=grad_cp, accumulate=2)
     continued = expected(shape, settings)
-    monkeypatch.setattr("rwkvpeft.memory.expected._FEW", 10)
+    for module in ("expected", "outline"):
+        monkeypatch.setattr(f"rwkvpeft.memory.{module}.FEW", 10)
     assert continued.total == pytest.approx(expected(shape, settings).total, rel=1e-3)
 
 
@@ -156,14 +157,14 @@ def test_quantised_weights_need_their_bits():
 
 def test_a_base_that_is_quantised_in_its_file_counts_as_such():
     settings = config("lora")
-    from_file = least_need(SEVEN_B, settings, adapter_of(settings), Quantisation("nf4"))
+    from_file = least_need(SEVEN_B, settings, lambda part: adapter_of(settings), Quantisation("nf4"))
     assert from_file == least(SEVEN_B, config("lora", quant="nf4"))
 
 
 def test_layers_below_the_first_trained_one_keep_nothing():
     settings = config("lora", settings={"target_modules": ["blocks.3.ffn.key"]})
     settings = replace(settings, method=replace(settings.method, train_parts=["none"]))
-    need = least_need(SMALL, settings, build_adapter("lora", settings.method.peft_config))
+    need = least_need(SMALL, settings, lambda part: build_adapter("lora", settings.method.peft_config))
     assert need.activations == least(SMALL, config("lora")).activations // 4
 
 
@@ -193,5 +194,16 @@ def test_a_base_too_large_for_an_adapter_can_be_quantised():
 
 def test_a_run_that_may_fit_is_let_through():
     settings = config("lora")
-    check_memory(SMALL, settings, adapter_of(settings))
+    check_memory(SMALL, settings, lambda part: adapter_of(settings))
     assert total_memory("cpu") > 10**8
+
+
+def test_a_method_that_looks_at_values_is_not_checked(monkeypatch):
+    def looks(adapter, model):
+        model.get_parameter("head.weight").max().item()
+
+    monkeypatch.setattr("rwkvpeft.adapters.lora.LoraAdapter.insert", looks)
+    settings = config("lora")
+    check_memory(SMALL, settings, lambda part: adapter_of(settings))
+    with pytest.raises(UserError, match="cannot be told"):
+        expected(SMALL, settings)

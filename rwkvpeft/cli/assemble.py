@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,7 +151,7 @@ def make_quantiser(base: Base, config: TrainConfig, adapter: Adapter | None) -> 
 
 def check_fits(base: Base, config: TrainConfig) -> None:
     """Raises: UserError if a run with these settings cannot fit into memory."""
-    check_memory(base.shape, config, make_adapter(config.method, base.shape), base.packed)
+    check_memory(base.shape, config, partial(make_adapter, config.method), base.packed)
 
 
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:

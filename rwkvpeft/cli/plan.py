@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +123,8 @@ def _lines(
     from rwkvpeft.memory import count_parameters, expect, least_need
 
     method = config.method
-    need = expect(shape, config, lambda part: make_adapter(method, part), packed)
-    least = least_need(shape, config, make_adapter(method, shape), packed)
+    need = expect(shape, config, partial(make_adapter, method), packed)
+    least = least_need(shape, config, partial(make_adapter, method), packed)
     total, trained = count_parameters(shape), need.trained // 4
     quant = packed.quant if packed.quant != "none" else method.quant
     source = f"{config.model.load_model}, " if config.model.load_model else ""

@@ -6,22 +6,27 @@ is the one in plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.memory.dry_run import Moment, run_step
-from rwkvpeft.memory.outline import UNPACKED, count, training_outline
+from rwkvpeft.memory.outline import (
+    FEW,
+    UNPACKED,
+    MakeAdapter,
+    continued,
+    counts_of,
+    layers_are_alike,
+    training_outline,
+    without_values,
+)
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.registry import OPTIMIZERS, find
 
-# blocks that are run to learn what one more of them adds
-_FEW = 3
 _CPU_LOGIT_ROWS = 256
 
 OVERHEAD_BYTES = {"cuda": 500_000_000, "cpu": 500_000_000}
@@ -50,10 +55,7 @@ class Expected(NamedTuple):
 
 
 def expect(
-    shape: ModelShape,
-    config: TrainConfig,
-    make_adapter: Callable[[ModelShape], Adapter | None],
-    packed: Quantisation = UNPACKED,
+    shape: ModelShape, config: TrainConfig, make_adapter: MakeAdapter, packed: Quantisation = UNPACKED
 ) -> Expected:
     """What a run with these settings will need. Rows are taken to be ``ctx_len`` long.
 
@@ -61,21 +63,20 @@ def expect(
     settings tell one from another.
 
     Args:
-        make_adapter: a new adapter for a model of some shape; None for full training.
         packed: how the base's own file stores its large linears.
-    Raises: UserError if the settings do not suit the sizes.
+    Raises: UserError if the settings do not suit the sizes; NoOutline.
     """
-    counts = count(training_outline(shape, config, make_adapter(shape), packed))
+    counts = counts_of(shape, config, make_adapter, packed)
 
     def step(layers: int) -> dict[str, Moment]:
         part = replace(shape, n_layer=layers)
         return _step(training_outline(part, config, make_adapter(part), packed), config)
 
-    if shape.n_layer <= _FEW + 1 or _differ(config):
+    if not layers_are_alike(config) or shape.n_layer <= FEW + 1:
         moments = step(shape.n_layer)
     else:
-        few, more = step(_FEW), step(_FEW + 1)
-        moments = {phase: _continued(few[phase], more[phase], shape.n_layer - _FEW) for phase in more}
+        few, more = step(FEW), step(FEW + 1)
+        moments = {phase: Moment(*continued(few[phase], more[phase], shape.n_layer - FEW)) for phase in more}
     # when the optimizer takes its step, all gradients are there and nothing else
     moments["step"] = Moment(4 * counts.trained, 4 * counts.trained)
     worst = max(moments.values())
@@ -89,15 +90,12 @@ def expect(
 
 
 def moment_bytes(optim: str) -> int:
-    """What an optimizer keeps for each trained number; paged moments are taken to stay on the device."""
+    """What an optimizer keeps for each trained number.
+
+    Paged moments are taken to stay on the device. Muon's are those of matrices; for the rest it keeps twice as much.
+    """
     kept: int = find(OPTIMIZERS, optim.removeprefix("paged_"), flag="--optim").moment_bytes
     return kept
-
-
-def _differ(config: TrainConfig) -> bool:
-    method = config.method
-    targets = method.peft_config.get("target_modules") or []
-    return bool(method.layer_profile) or any("blocks." in target for target in targets)
 
 
 def _step(model: Rwkv, config: TrainConfig) -> dict[str, Moment]:
@@ -105,9 +103,5 @@ def _step(model: Rwkv, config: TrainConfig) -> dict[str, Moment]:
     objective = LanguageModelling(config.optimizer.logit_penalty, _CPU_LOGIT_ROWS if on_cpu else None)
     schedule = config.schedule
     accumulates = schedule.accumulate_grad_batches > 1
-    return run_step(model, objective, schedule.micro_bsz, config.data.ctx_len or 1, accumulates=accumulates)
-
-
-def _continued(few: Moment, more: Moment, steps: int) -> Moment:
-    """A straight line through two moments."""
-    return Moment(*(int(a + (b - a) * steps) for a, b in zip(few, more, strict=True)))
+    with without_values(config):
+        return run_step(model, objective, schedule.micro_bsz, config.data.ctx_len or 1, accumulates=accumulates)

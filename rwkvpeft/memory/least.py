@@ -5,18 +5,15 @@ Everything counted is certainly there at one moment; temporaries, caches and the
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import torch
 
-from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.memory.machine import total_memory
-from rwkvpeft.memory.outline import UNPACKED, count, training_outline
-from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.memory.outline import DTYPES, UNPACKED, MakeAdapter, NoOutline, counts_of
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.registry import OPTIMIZERS, find
 
@@ -48,22 +45,20 @@ class Least(NamedTuple):
 def least_need(
     shape: ModelShape,
     config: TrainConfig,
-    adapter: Adapter | None,
+    make_adapter: MakeAdapter,
     packed: Quantisation = UNPACKED,
 ) -> Least:
     """A lower bound of what a run needs. Rows of ``--dataload only`` may be short and count as one token.
 
     Args:
-        adapter: a new one, which is used up; None for full training.
         packed: how the base's own file stores its large linears.
-    Raises: UserError if the settings do not suit the model's sizes.
+    Raises: UserError if the settings do not suit the model's sizes; NoOutline.
     """
-    model = training_outline(shape, config, adapter, packed)
-    counts = count(model)
-    numbers = model.compute_dtype.itemsize
+    counts = counts_of(shape, config, make_adapter, packed)
+    numbers = DTYPES[config.runtime.precision or "fp32"].itemsize
     tokens = 1 if config.data.dataload == "only" else config.data.ctx_len or 1
     rows = config.schedule.micro_bsz * tokens
-    kept = _layers_with_gradient(model) * (1 if config.runtime.grad_cp else _KEPT_PER_BLOCK)
+    kept = counts.layers * (1 if config.runtime.grad_cp else _KEPT_PER_BLOCK)
     return Least(
         weights=counts.frozen_bytes + 4 * counts.trained,
         optimizer=counts.trained * find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
@@ -73,18 +68,10 @@ def least_need(
     )
 
 
-def _layers_with_gradient(model: Rwkv) -> int:
-    """How many blocks the backward pass goes through: all from the first that trains something."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    layers = [int(found[1]) for name in trained if (found := re.match(r"blocks\.(\d+)\.", name))]
-    first = 0 if "emb.weight" in trained else min(layers, default=model.shape.n_layer)
-    return model.shape.n_layer - first
-
-
 def check_memory(
     shape: ModelShape,
     config: TrainConfig,
-    adapter: Adapter | None,
+    make_adapter: MakeAdapter,
     packed: Quantisation = UNPACKED,
 ) -> None:
     """Compare a run's least need with all the memory its device has. Arguments as ``least_need``.
@@ -94,7 +81,12 @@ def check_memory(
     device_type = "cuda" if config.runtime.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.runtime.accelerator == "gpu" and device_type == "cpu":
         return
-    refuse_if_too_large(least_need(shape, config, adapter, packed), total_memory(device_type), config)
+    try:
+        need = least_need(shape, config, make_adapter, packed)
+    except NoOutline:
+        # the run itself will show
+        return
+    refuse_if_too_large(need, total_memory(device_type), config)
 
 
 def refuse_if_too_large(need: Least, available: int | None, config: TrainConfig) -> None:

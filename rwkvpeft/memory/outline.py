@@ -6,7 +6,11 @@ counted by its own code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +20,7 @@ from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.checkpoints.quantised import Quantisation, Quantiser
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.ops.contract import Backend
@@ -23,16 +28,32 @@ from rwkvpeft.quantization.format import Format
 from rwkvpeft.quantization.linear import QuantizedLinear
 from rwkvpeft.registry import BACKENDS, find
 
-_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 UNPACKED = Quantisation()
 
 
+# blocks that are looked at to learn what one more of them adds
+FEW = 3
+
+MakeAdapter = Callable[[ModelShape], Adapter | None]
+"""Makes a new adapter for a model of that shape; None for full training."""
+
+
+class NoOutline(UserError):
+    """The method looks at the values of weights, and an outline has none."""
+
+
 class Counts(NamedTuple):
-    """What rests in memory throughout a run: bytes of what is frozen, and how many (fp32) numbers are trained."""
+    """What rests in memory throughout a run, and how deep its backward pass goes.
+
+    ``frozen_bytes`` of what is frozen; ``trained``, how many (fp32) numbers are trained; ``layers``, how many blocks
+    have gradients: all from the first that trains something.
+    """
 
     frozen_bytes: int
     trained: int
+    layers: int
 
 
 def count_parameters(shape: ModelShape) -> int:
@@ -49,9 +70,9 @@ def training_outline(
     Args:
         adapter: a new one, which belongs to the outline afterwards; None for full training.
         packed: how the base's own file stores its large linears.
-    Raises: UserError if the settings do not suit the sizes.
+    Raises: UserError if the settings do not suit the sizes; NoOutline.
     """
-    dtype = _DTYPES[config.runtime.precision or "fp32"]
+    dtype = DTYPES[config.runtime.precision or "fp32"]
     operator: Backend = find(BACKENDS[operator_of(shape)], "torch", flag="--op")
     model = build_model(shape, operator.run, head_size_divisor=config.model.head_size_divisor)
     weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
@@ -62,7 +83,8 @@ def training_outline(
     prepare = adapter.prepare if adapter else None
     fill_model(model, weights, device="meta", dtype=dtype, source="the model", quantiser=quantiser, prepare=prepare)
     if adapter is not None:
-        adapter.attach(model)
+        with without_values(config):
+            adapter.attach(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -72,11 +94,55 @@ def training_outline(
     return model.train()
 
 
+@contextmanager
+def without_values(config: TrainConfig) -> Iterator[None]:
+    """Raises: NoOutline if what is done inside asks an outline for a value."""
+    try:
+        yield
+    except RuntimeError as reason:
+        # how PyTorch answers then; some tuners of Hugging Face peft choose places by the weights in them
+        raise NoOutline(
+            "what this run needs cannot be told without running it",
+            found=f"--peft {config.method.peft} looks at values: {str(reason).splitlines()[0].split('. ')[0]}",
+        ) from reason
+
+
 def count(model: Rwkv) -> Counts:
     """Count an outline, or a real model that is ready to be trained."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return Counts(sum(tensor.nbytes for tensor in [*frozen, *model.buffers()]), trained)
+    layers = [int(found[1]) for name in trained if (found := re.match(r"blocks\.(\d+)\.", name))]
+    first = 0 if "emb.weight" in trained else min(layers, default=model.shape.n_layer)
+    return Counts(
+        frozen_bytes=sum(tensor.nbytes for tensor in [*frozen, *model.buffers()]),
+        trained=sum(parameter.numel() for parameter in trained.values()),
+        layers=model.shape.n_layer - first,
+    )
+
+
+def counts_of(
+    shape: ModelShape, config: TrainConfig, make_adapter: MakeAdapter, packed: Quantisation = UNPACKED
+) -> Counts:
+    """``count`` for a run's settings. Raises: as ``training_outline``."""
+
+    def counted(layers: int) -> Counts:
+        part = replace(shape, n_layer=layers)
+        return count(training_outline(part, config, make_adapter(part), packed))
+
+    if not layers_are_alike(config) or shape.n_layer <= FEW + 1:
+        return counted(shape.n_layer)
+    return Counts(*continued(counted(FEW), counted(FEW + 1), shape.n_layer - FEW))
+
+
+def layers_are_alike(config: TrainConfig) -> bool:
+    """Whether the settings tell no layer from another."""
+    words = json.dumps(config.method.peft_config)
+    return not config.method.layer_profile and not any(word in words for word in ("blocks", "layers", "pattern"))
+
+
+def continued(few: Iterable[int], more: Iterable[int], steps: int) -> list[int]:
+    """Figures of a model with some blocks and with one more, followed in a straight line for that many blocks."""
+    return [a + (b - a) * steps for a, b in zip(few, more, strict=True)]
 
 
 class _Outliner(Quantiser):
