@@ -44,6 +44,15 @@ def test_a_sequence_cut_anywhere_gives_the_same_logits_and_state(version, length
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_the_state_keeps_no_other_token_in_memory(version):
+    model = small_model(version)
+    with torch.no_grad():
+        _, state = model(torch.randint(0, 40, (2, 9)))
+    for tensor in (tensor for block in state.blocks for tensor in block):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_recomputing_activations_changes_no_gradient(version):
     model, tokens = small_model(version).train(), torch.randint(0, 40, (2, 11))
     gradients = []
