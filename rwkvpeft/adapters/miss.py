@@ -24,6 +24,7 @@ from rwkvpeft.adapters.settings import BatConfig, MissConfig
 from rwkvpeft.adapters.targets import device_of
 from rwkvpeft.errors import UserError
 
+_STRIP_ROWS = 512
 _FOREIGN = {"disha": "miss", "bone": "miss"}
 
 
@@ -174,13 +175,15 @@ class BatAdapter(LinearAdapter):
         return {"miss": (in_ // rank, rank, rank)} if not (in_ % rank or out % rank) else {}
 
     def merged_weight(self, path: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``W + W D[b] + D[b]``, block by block."""
-        blocks = tensors["miss"]
+        """``W + W D[b] + D[b]``, a strip of rows at a time to save memory."""
+        blocks = tensors["miss"].unsqueeze(1)
         rank = blocks.shape[-1]
-        # (column block, row block, row, column)
-        cut = base.unflatten(0, (-1, rank)).unflatten(-1, (-1, rank)).permute(2, 0, 1, 3)
-        change = torch.matmul(cut, blocks.unsqueeze(1)).add_(blocks.unsqueeze(1))
-        return base.add_(change.permute(1, 2, 0, 3).reshape(base.shape))
+        for strip in base.split(max(_STRIP_ROWS // rank, 1) * rank):
+            # (column block, row block, row, column)
+            cut = strip.unflatten(0, (-1, rank)).unflatten(-1, (-1, rank)).permute(2, 0, 1, 3)
+            change = torch.matmul(cut, blocks).add_(blocks)
+            strip.add_(change.permute(1, 2, 0, 3).reshape(strip.shape))
+        return base
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> list[Tensor]:
