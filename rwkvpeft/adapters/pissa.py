@@ -26,22 +26,24 @@ INITIAL = {"init_lora_A": "lora_A", "init_lora_B": "lora_B"}
 
 
 class PissaLinear(LoraLinear):
-    """``residual(x) + (x A^T) B^T``, A and B starting at the principal components."""
+    """``residual(x) + (x A^T) B^T``, A and B starting at the principal components.
 
-    init_lora_A: Tensor
-    init_lora_B: Tensor
+    Args:
+        initial: ``init_lora_A`` and ``init_lora_B``; kept in host memory, since training never reads them.
+    """
 
     def __init__(self, base: nn.Linear, initial: Mapping[str, Tensor]) -> None:
         super().__init__(base, initial["init_lora_A"].shape[0], scaling=1.0)
+        self.initial = {name: tensor.to("meta" if tensor.is_meta else "cpu") for name, tensor in initial.items()}
         for name, part in INITIAL.items():
             trained: Tensor = getattr(self, part)
             trained.data.copy_(initial[name])
-            self.register_buffer(name, trained.detach().clone(), persistent=False)
 
     def original(self, x: Tensor) -> Tensor:
         """Residual and principal components as they were."""
         y: Tensor = self.base(x)
-        return y + F.linear(F.linear(x, self.init_lora_A.to(x.dtype)), self.init_lora_B.to(x.dtype))
+        first, second = (self.initial[name].to(x) for name in INITIAL)
+        return y + F.linear(F.linear(x, first), second)
 
 
 class PissaAdapter(LinearAdapter):
@@ -110,7 +112,12 @@ class PissaAdapter(LinearAdapter):
 
     def constants(self, model: nn.Module) -> dict[str, Tensor]:
         """The start values, which merging takes out of the base."""
-        return {f"{path}.{name}": getattr(model.get_submodule(path), name) for path in self._paths for name in INITIAL}
+        layers = {path: model.get_submodule(path) for path in self._paths}
+        return {
+            f"{path}.{name}": tensor
+            for path, layer in layers.items() if isinstance(layer, PissaLinear)
+            for name, tensor in layer.initial.items()
+        }
 
     @classmethod
     def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
