@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rwkvpeft.adapters.base import Adapter
-from rwkvpeft.adapters.targets import few, replace_module, target_paths
+from rwkvpeft.adapters.targets import replace_module, target_paths
 from rwkvpeft.errors import UserError
 
 
@@ -112,11 +112,9 @@ class LinearAdapter(Adapter):
         first = self.parts_of_linear[0]
         found = {name.removesuffix(f".{first}"): tensor for name, tensor in tensors.items()
                  if name.endswith(f".{first}")}
-        ranks = {self.rank_of(tensor) for tensor in found.values()}
-        if len(ranks) != 1:
-            raise UserError("the adapter's matrices differ in rank", found=few(sorted(map(str, ranks))) or "none",
-                            expected="one rank", fix="merge it instead: python merge.py")
-        return {**self.settings(), "r": ranks.pop(), "target_modules": list(found)}
+        # a file of several ranks can be merged all the same: each linear's own tensors decide there
+        rank = max((self.rank_of(tensor) for tensor in found.values()), default=self.config.r)
+        return {**self.settings(), "r": rank, "target_modules": list(found)}
 
     def rank_of(self, tensor: Tensor) -> int:
         """The rank that the first tensor of a linear tells."""

@@ -18,6 +18,7 @@ from rwkvpeft.checkpoints.files import load_tensors, outline_of
 from rwkvpeft.checkpoints.quantised import Quantiser
 from rwkvpeft.checkpoints.stream import Spec
 from rwkvpeft.errors import UserError
+from rwkvpeft.quantization.format import build_format
 
 
 class MergeInput(NamedTuple):
@@ -70,10 +71,12 @@ def open_fold(item: MergeInput) -> Fold:
 def common_quantiser(folds: Sequence[Fold], quant: str | None, device: str) -> Quantiser | None:
     """What the base goes through before the adapters join it; None if nothing.
 
-    Tensors that an adapter replaces are left as they are.
+    Tensors that an adapter replaces are left as they are. An adapter without a recipe says nothing about its base.
     Raises: UserError if the adapters were trained on differently quantised bases and ``quant`` does not decide.
     """
-    kinds = {(fold.recipe.quant, fold.recipe.quant_double, fold.recipe.quant_head) for fold in folds}
+    recipes = [fold.recipe for fold in folds]
+    recipes = [recipe for recipe in recipes if recipe.base_fingerprint] or recipes
+    kinds = {(_format_name(recipe.quant), recipe.quant_double, recipe.quant_head) for recipe in recipes}
     if quant is not None:
         kinds = {(quant, double, head) for _, double, head in kinds}
     if len(kinds) != 1:
@@ -84,6 +87,10 @@ def common_quantiser(folds: Sequence[Fold], quant: str | None, device: str) -> Q
         return None
     trained = {name for fold in folds for name in fold.tensors}
     return Quantiser(kind, double=double, head=head, device=device, keep=trained.__contains__)
+
+
+def _format_name(quant: str) -> str:
+    return quant if quant == "none" else build_format(quant).name
 
 
 def make_plan(

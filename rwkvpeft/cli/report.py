@@ -34,16 +34,22 @@ def start_lines(config: TrainConfig, base: Base, model: Rwkv, data: TrainingData
 
 
 def _model_lines(config: TrainConfig, base: Base, model: Rwkv) -> list[str]:
+    # here and not above: it imports torch, which mistakes told before the run must not wait for
+    from rwkvpeft.quantization.linear import QuantizedLinear
+
     shape = base.shape
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     total = sum(parameter.numel() for parameter in model.parameters())
+    total += sum(module.in_features * module.out_features for module in packed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kind = _kind(config)
     method = config.method.layer_profile if kind == "profile" else _METHODS.get(kind, kind)
-    if config.method.peft == "lora" and config.method.train_parts:
+    if kind not in ("none", "state") and config.method.train_parts:
         method += f" and {', '.join(config.method.train_parts)}"
+    stored = f"; {len(packed)} matrices frozen in {packed[0].format.label}" if packed else ""
     return [
         f"model: {base.path}, RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}",
-        f"trained: {method}, {_count(trained)} of {_count(total)} parameters",
+        f"trained: {method}, {_count(trained)} of {_count(total)} parameters{stored}",
     ]
 
 

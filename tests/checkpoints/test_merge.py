@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch
 from rwkvpeft.checkpoints import merge
 from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
-from rwkvpeft.checkpoints.merge import merge_files
+from rwkvpeft.checkpoints.fold import MergeInput
+from rwkvpeft.checkpoints.merge import merge_files, merge_several
 from rwkvpeft.errors import UserError
 
 LORA = Recipe(method="lora", config={"r": 2, "lora_alpha": 8})
@@ -166,7 +168,8 @@ def test_safetensors_output_holds_the_same_tensors(files):
 
 PEAK = """
 import resource, sys, torch
-from rwkvpeft.checkpoints.merge import merge_files
+from rwkvpeft.checkpoints.fold import MergeInput
+from rwkvpeft.checkpoints.merge import merge_files, merge_several
 merge_files(sys.argv[1], sys.argv[1].replace("base", "a"), sys.argv[2])  # a small merge warms everything up
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge_files(sys.argv[3], sys.argv[4], sys.argv[5], quant=sys.argv[6])
@@ -195,3 +198,45 @@ def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(files, tmp_pat
     assert model_bytes > 1e9
     # the map is given back every 128 MiB; a tensor of 8 MiB in three copies and the allocator's slack come on top
     assert int(done.stdout) < 300e6
+
+
+def test_names_of_one_format_are_one_format(files, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, first, output = files
+    second = tmp_path / "second.pth"
+    for path, quant in ((first, "4bit"), (second, "fp4")):
+        save_adapter(path, lora_tensors(), replace(LORA, quant=quant, base_fingerprint=fingerprint(base)))
+    report = merge_several(base, [MergeInput(first, 0.5), MergeInput(second, 0.5)], output)
+    assert report.quant == "fp4"
+
+
+def test_adapters_of_differently_quantised_bases_are_refused(files, tmp_path):
+    base, first, output = files
+    second = tmp_path / "second.pth"
+    for path, quant in ((first, "fp8"), (second, "none")):
+        save_adapter(path, lora_tensors(), replace(LORA, quant=quant, base_fingerprint=fingerprint(base)))
+    with pytest.raises(UserError, match="differently quantised"):
+        merge_several(base, [MergeInput(first), MergeInput(second)], output)
+
+
+def test_an_adapter_without_a_recipe_leaves_the_base_to_the_one_with(files, tmp_path):
+    base, first, output = files
+    save_adapter(first, lora_tensors(), replace(LORA, quant="fp8", base_fingerprint=fingerprint(base)))
+    shard = {"blocks.0.att.receptance.disha": torch.zeros(2, 8)}
+    save_tensors(tmp_path / "bare.pth", shard)
+    assert merge_several(base, [MergeInput(first), MergeInput(tmp_path / "bare.pth")], output).quant == "fp8"
+
+
+def test_weights_of_several_adapters_scale_what_each_of_them_changes(files, tmp_path):
+    base, first, output = files
+    second, other = tmp_path / "second.pth", lora_tensors()
+    save_adapter(second, other, LORA)
+    merge_several(base, [MergeInput(first, 0.25), MergeInput(second, 2.0)], output)
+    merged, before, one = load_tensors(output), load_tensors(base), load_tensors(first)
+    key = "blocks.0.att.key"
+    changes = (0.25 * one[f"{key}.lora_B"] @ one[f"{key}.lora_A"], 2 * other[f"{key}.lora_B"] @ other[f"{key}.lora_A"])
+    expected = before[f"{key}.weight"] + 4 * sum(changes)
+    torch.testing.assert_close(merged[f"{key}.weight"], expected)
+    norm = "blocks.0.ln1.weight"
+    expected = before[norm] + 0.25 * (one[norm] - before[norm]) + 2.0 * (other[norm] - before[norm])
+    torch.testing.assert_close(merged[norm], expected)
