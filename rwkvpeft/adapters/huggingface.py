@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rwkvpeft.adapters.huggingface_adapter import PeftAdapter
+from rwkvpeft.adapters.huggingface_adapter import PeftAdapter, linear_of
 from rwkvpeft.adapters.huggingface_settings import find_tuner, method_settings, tuner_names
 from rwkvpeft.adapters.huggingface_trial import reason_against, trial_of
 
-__all__ = ["PeftAdapter", "find_tuner", "method_settings", "peft_adapter", "reason_against", "tuner_names"]
+__all__ = ["PeftAdapter", "find_tuner", "linear_of", "method_settings", "peft_adapter", "reason_against", "tuner_names"]
 
 
 def peft_adapter(name: str, settings: Mapping[str, Any], train_parts: Iterable[str] = ()) -> PeftAdapter:

@@ -92,12 +92,11 @@ class PeftAdapter(Adapter):
         for name, tensor in tensors.items():
             matched = _OF_A_LINEAR.match(name)
             first = (matched.group(2) if matched else name).partition(".")[0]
-            is_shared = not name.startswith(_OF_THE_MODEL)
             if matched:
                 self._of_linear.setdefault(matched.group(1), []).append(name)
-            elif is_shared:
+            elif self.is_shared(name):
                 self._shared.append(name)
-            if (matched or is_shared) and (first in self.traits.constant or is_allocation_state(name)):
+            if (matched or self.is_shared(name)) and (first in self.traits.constant or is_allocation_state(name)):
                 self._given[name] = tensor
             else:
                 rest[name] = tensor
@@ -217,6 +216,20 @@ class PeftAdapter(Adapter):
             self._allocation.after_step(step, total_steps)
 
     # without a model
+
+    def is_shared(self, name: str) -> bool:
+        """Whether a file's tensor belongs to all linears."""
+        return not name.startswith(_OF_THE_MODEL)
+
+    def is_ours_alone(self, name: str) -> bool:
+        """Whether the package's own files do not have the tensor ``name`` of ours."""
+        return is_allocation_state(name) or first_part(name) in self.traits.derived
+
+    def foreign_config(self, paths: list[str]) -> dict[str, Any]:
+        """The package's settings for an adapter on the linears at ``paths``, as its own files have them."""
+        values: dict[str, Any] = self.config.config(paths).to_dict()
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+        return {**plain, "target_modules": paths}
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The file's tensors for that linear and those all linears share."""

@@ -48,7 +48,8 @@ _FIXED = {
     "progressbar": False,
 }
 """An adapter file holds all that merging and going on need."""
-_STEPS_UNKNOWN = 10**9
+STEPS_UNKNOWN = 10**9
+"""AdaLoRA's settings want a number of steps before a run has one."""
 _IA3_INPUT_SIDE = ["ffn.value"]
 
 
@@ -79,7 +80,7 @@ class TunerSettings(NamedTuple):
         if wanted is not None:
             values["feedforward_modules"] = [path for path in paths if any(_ends(path, name) for name in wanted)]
         if values.get("total_step", 0) is None:
-            values["total_step"] = _STEPS_UNKNOWN
+            values["total_step"] = STEPS_UNKNOWN
         return self.tuner.config(**values)
 
 
@@ -145,6 +146,8 @@ def read_tuner_settings(name: str, settings: Mapping[str, Any]) -> TunerSettings
     for key, value in settings.items():
         if key in usable:
             values[key] = _names(value) if key.endswith("_modules") else value
+            if key == "total_step" and value == STEPS_UNKNOWN:
+                values[key] = None
         elif key in _BOOKKEEPING:
             continue
         elif key in fixed:

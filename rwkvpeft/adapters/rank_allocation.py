@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkvpeft.adapters.huggingface_settings import STEPS_UNKNOWN
 from rwkvpeft.errors import UserError
 
 _AVERAGES = {"_importance": "exp_avg_ipt", "_uncertainty": "exp_avg_unc"}
@@ -38,7 +39,7 @@ class RankAllocation:
         self._tuner = tuner
         self._model = model
         self._config = tuner.peft_config["default"]
-        self._own_total = self._config.total_step if self._config.total_step < 10**9 else None
+        self._own_total = None if self._config.total_step == STEPS_UNKNOWN else self._config.total_step
         self._kept: dict[str, list[bool]] = {}
         if self._config.target_r >= self._config.init_r:
             raise UserError("adalora has no rank to take away", found=f"init_r {self._config.init_r}",

@@ -138,12 +138,17 @@ def save_recipe(path: Path | str, recipe: Recipe) -> None:
 
 
 def load_adapter(path: Path | str) -> tuple[dict[str, Tensor], Recipe | None]:
-    """Read an adapter's tensors and, if there is one, its recipe.
+    """Read an adapter's tensors and, if there is one, its recipe; a folder of Hugging Face peft has one.
 
     Names lose a leading ``model.`` or ``_forward_module.``, which some trainers leave there.
     Raises: UserError if the file is missing, broken or empty, holds NaN or infinity, or if its recipe is broken.
     """
     path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        # imported here, as it needs what stands in this file
+        from rwkvpeft.checkpoints.huggingface import read_folder
+
+        return read_folder(path)
     tensors = {_plain_name(name): tensor for name, tensor in load_tensors(path).items()}
     if not tensors:
         raise UserError(f"{path} holds no tensor")

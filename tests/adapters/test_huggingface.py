@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -211,7 +212,8 @@ def test_a_merged_weight_computes_what_the_tuner_does(attached, ids):
         merged[name] = rest.get(name, tensor) if changed is None else changed
     assert any(not torch.equal(merged[name], tensor) for name, tensor in WEIGHTS.items() if "att.key" in name)
     expected = logits(model, ids)
-    torch.testing.assert_close(logits(small_model(merged), ids), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    tolerance = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(logits(small_model(merged), ids), expected, rtol=0, atol=tolerance)
 
 
 def test_a_tuner_takes_its_place_on_a_model_without_data(attached):
@@ -314,3 +316,9 @@ def test_trying_a_tuner_draws_no_random_numbers():
     torch.manual_seed(0)
     build("hra", r=4)
     assert torch.equal(torch.randn(3), expected)
+
+
+def test_without_the_package_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'rwkvpeft\[peft\]'"):
+        build_adapter("vera", {})
