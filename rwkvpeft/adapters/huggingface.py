@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rwkvpeft.adapters.huggingface_adapter import PeftAdapter, linear_of
+from rwkvpeft.adapters.huggingface_adapter import PeftAdapter
+from rwkvpeft.adapters.huggingface_layers import linear_of
 from rwkvpeft.adapters.huggingface_settings import find_tuner, method_settings, tuner_names
 from rwkvpeft.adapters.huggingface_trial import reason_against, trial_of
 

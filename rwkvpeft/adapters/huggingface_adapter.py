@@ -8,47 +8,34 @@ the package would repeat it.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
-from importlib import import_module
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rwkvpeft.adapters.base import Adapter, check_tensors
-from rwkvpeft.adapters.huggingface_settings import TunerSettings, library
+from rwkvpeft.adapters.huggingface_layers import (
+    OF_A_LINEAR,
+    Traits,
+    first_part,
+    full_state,
+    hidden_buffers,
+    inject,
+    linears_by_path,
+    put_values,
+    short_name,
+    state_of,
+    widen,
+)
+from rwkvpeft.adapters.huggingface_settings import TunerSettings
 from rwkvpeft.adapters.rank_allocation import RankAllocation, is_allocation_state
-from rwkvpeft.adapters.targets import replace_module, target_paths
+from rwkvpeft.adapters.targets import target_paths
 from rwkvpeft.errors import ContractError, UserError
 from rwkvpeft.models.layers import Linear
 
-FAILURES = (
-    ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AssertionError, AttributeError, KeyError,
-    IndexError, ArithmeticError,
-)
-"""What the package raises where a method cannot be used."""
-
-IN_MODEL = "base_model.model."
-ON_TUNER = "base_model."
-_OF_A_LINEAR = re.compile(r"^(blocks\.\d+\.(?:att|ffn)\.\w+|head)\.(.+)$")
 _OF_THE_MODEL = ("blocks.", "head.", "emb.", "ln_out.")
-
-
-class Traits(NamedTuple):
-    """What is particular to a tuner; the sets hold first parts of tensor names (lora_A, vera_B).
-
-    ``constant``: not trained. ``repeated``: shared by all linears, and yet repeated at each in the package's files.
-    ``derived``: computed from the base and not in the package's files. The package does so anew when it reads a file;
-    a singular vector may then point the other way on another device, where what was trained would no longer fit.
-    ``needs_wide_input``: its layers cannot compute in fewer bits than the weight has, as beside a quantised one.
-    """
-
-    constant: frozenset[str] = frozenset()
-    repeated: frozenset[str] = frozenset()
-    derived: frozenset[str] = frozenset()
-    needs_wide_input: bool = False
 
 
 class PeftAdapter(Adapter):
@@ -90,7 +77,7 @@ class PeftAdapter(Adapter):
         """Keep the constants; what belongs to which linear is remembered for merging."""
         rest = {}
         for name, tensor in tensors.items():
-            matched = _OF_A_LINEAR.match(name)
+            matched = OF_A_LINEAR.match(name)
             first = (matched.group(2) if matched else name).partition(".")[0]
             if matched:
                 self._of_linear.setdefault(matched.group(1), []).append(name)
@@ -111,7 +98,7 @@ class PeftAdapter(Adapter):
         """
         self._paths = self.target_paths(model)
         training = {path: model.get_submodule(path).training for path in self._paths}
-        self._peft = _inject(self.config, model, self._paths)
+        self._peft = inject(self.config, model, self._paths)
         for path in self._paths:
             layer: Any = model.get_submodule(path)
             if not hasattr(layer, "base_layer"):
@@ -119,7 +106,7 @@ class PeftAdapter(Adapter):
             # the package makes layers that train
             layer.train(training[path])
             if self.traits.needs_wide_input and not isinstance(layer.get_base_layer(), Linear):
-                _widen(layer)
+                widen(layer)
         self._freeze_bookkeeping(model)
         self._trained = [name for name, tensor in self._own_state().items() if tensor.requires_grad]
         tuner = self._peft.base_model
@@ -168,16 +155,16 @@ class PeftAdapter(Adapter):
         # what the package computes from the base need not be there: files of its own do not have it
         needed = {name: tensor for name, tensor in state.items() if name in given or not self._is_derived(name)}
         check_tensors(needed, given)
-        _put(self._peft, given, resize=False)
+        put_values(self._peft, given, resize=False)
 
     def _is_derived(self, name: str) -> bool:
-        matched = _OF_A_LINEAR.match(name)
+        matched = OF_A_LINEAR.match(name)
         return matched is not None and matched.group(2).partition(".")[0] in self.traits.derived
 
     def _own_state(self) -> dict[str, Tensor]:
         if self._peft is None:
             raise ContractError("the adapter is not on a model")
-        return _full_state(self._peft, self._paths, self.traits)
+        return full_state(self._peft, self._paths, self.traits)
 
     def own_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The tuner's parameters."""
@@ -191,7 +178,7 @@ class PeftAdapter(Adapter):
 
     def file_traits(self) -> Traits:
         """What the attached tuner's files hold."""
-        state = _state(self._peft)
+        state = state_of(self._peft)
         constant = {first_part(name) for name in self._own_state() if name not in self._trained}
         repeated = {first_part(name) for name in state.repeated()}
         return self.traits._replace(constant=frozenset(constant), repeated=frozenset(repeated))
@@ -257,177 +244,15 @@ class PeftAdapter(Adapter):
             warnings.simplefilter("ignore")
             # the package draws values that the file's replace
             with torch.random.fork_rng(devices=[]):
-                peft = _inject(self.config, skeleton, [path])
-            state = _full_state(peft, [path], self.traits)
+                peft = inject(self.config, skeleton, [path])
+            state = full_state(peft, [path], self.traits)
             own = {key: tensor for key, tensor in state.items() if key.startswith(f"{path}.")}
             needed = {key: tensor for key, tensor in own.items() if key in given or not self._is_derived(key)}
             check_tensors(needed, {key: tensor for key, tensor in given.items() if key.startswith(f"{path}.")})
             # shared tensors are as large as the largest linear wants them
             given = {key: tensor.to(base.device) for key, tensor in given.items() if key in state}
-            _put(peft, given, resize=True)
+            put_values(peft, given, resize=True)
             layer: Any = skeleton.get_submodule(path)
             layer.merge()
         merged: Tensor = layer.get_base_layer().weight.detach()
         return merged
-
-
-class State(NamedTuple):
-    """A tuner's tensors by the package's names, aliases included."""
-
-    tensors: dict[str, Tensor]
-
-    def canonical(self) -> dict[str, Tensor]:
-        """Every tensor once, by our name; what is shared by its name on the tuner."""
-        seen: set[int] = set()
-        found: dict[str, Tensor] = {}
-        for name in sorted(self.tensors, key=lambda name: name.startswith(IN_MODEL)):
-            if id(self.tensors[name]) not in seen:
-                seen.add(id(self.tensors[name]))
-                found[short_name(name)] = self.tensors[name]
-        return found
-
-    def repeated(self) -> list[str]:
-        """Our names of what is repeated at each linear."""
-        names = {id(tensor) for name, tensor in self.tensors.items() if not name.startswith(IN_MODEL)}
-        return [short_name(name) for name, tensor in self.tensors.items()
-                if name.startswith(IN_MODEL) and id(tensor) in names]
-
-
-def _state(peft: Any) -> State:
-    names = import_module("peft").get_peft_model_state_dict(
-        peft, state_dict=peft.state_dict(keep_vars=True), save_embedding_layers=False
-    )
-    return State(dict(names))
-
-
-def _full_state(peft: Any, paths: Iterable[str], traits: Traits) -> dict[str, Tensor]:
-    derived = {name: buffer for name, buffer in hidden_buffers(peft, paths).items()
-               if first_part(name) in traits.derived}
-    return {**_state(peft).canonical(), **derived}
-
-
-def hidden_buffers(peft: Any, paths: Iterable[str]) -> dict[str, Tensor]:
-    """Floating-point buffers outside the package's files, where those of a linear are smaller than half its weight."""
-    root = peft.base_model.model
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        layer = root.get_submodule(path)
-        in_file = set(layer.state_dict())
-        hidden = {
-            name: buffer for name, buffer in layer.named_buffers()
-            if name not in in_file and not name.startswith("base_layer.") and buffer.is_floating_point()
-        }
-        base = layer.get_base_layer()
-        if sum(buffer.numel() for buffer in hidden.values()) * 2 < base.in_features * base.out_features:
-            found |= {f"{path}.{name.replace('.default', '')}": buffer for name, buffer in hidden.items()}
-    return found
-
-
-def _put(peft: Any, given: Mapping[str, Tensor], *, resize: bool) -> None:
-    """Copy values into a tuner; ``resize`` lets a tensor become another size."""
-    state = _state(peft)
-    held = {id(tensor) for tensor in (*peft.parameters(), *peft.buffers())}
-    own = {short_name(name): (name, tensor) for name, tensor in state.tensors.items()}
-    own |= {name: (name, tensor) for name, tensor in hidden_buffers(peft, _adapted(peft)).items()}
-    through_the_package = {}
-    for name, value in given.items():
-        full, tensor = own[name]
-        if id(tensor) not in held:
-            # made for the file, as SHiRA's places: only the package knows where it goes
-            through_the_package[full] = value
-        elif resize:
-            tensor.data = value
-        else:
-            tensor.data.copy_(value)
-    if through_the_package:
-        import_module("peft").set_peft_model_state_dict(peft, through_the_package)
-
-
-def _adapted(peft: Any) -> list[str]:
-    return [path for path, module in peft.base_model.model.named_modules() if hasattr(module, "base_layer")]
-
-
-def _inject(config: TunerSettings, model: nn.Module, paths: list[str]) -> Any:
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return _peft_model(config, model, paths)
-    originals = {path: model.get_submodule(path) for path in paths}
-    try:
-        return _peft_model(config, model, paths)
-    except UserError:
-        return _outline(config, model, originals)
-
-
-def _peft_model(config: TunerSettings, model: nn.Module, paths: list[str]) -> Any:
-    try:
-        return library().PeftModel(model, config.config(paths))
-    except FAILURES as reason:
-        words = str(reason).strip().splitlines()
-        raise UserError(f"{config.tuner.name} cannot be used with these settings on this model",
-                        found=words[0] if words else repr(reason)) from reason
-
-
-def _outline(config: TunerSettings, model: nn.Module, originals: Mapping[str, Any]) -> Any:
-    """On a model without data, for tuners that look at the weights: they see weights that are all one zero."""
-    for path, linear in originals.items():
-        replace_module(model, path, _linear(torch.zeros(1).expand(linear.out_features, linear.in_features)))
-    peft = _peft_model(config, model, list(originals))
-    for path, linear in originals.items():
-        layer: Any = model.get_submodule(path)
-        layer.to("meta")
-        layer.base_layer = linear
-    return peft
-
-
-def _widen(layer: nn.Module) -> None:
-    """Let a layer compute in fp32, as the weight of a quantised linear is, and answer in the dtype of its input."""
-    dtype = torch.float32
-
-    def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal dtype
-        dtype = inputs[0].dtype
-        return (inputs[0].float(), *inputs[1:])
-
-    def narrow(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y.to(dtype)
-
-    layer.register_forward_pre_hook(widen)
-    layer.register_forward_hook(narrow)
-
-
-def linears_by_path(weights: Mapping[str, Tensor]) -> nn.Module:
-    """A module that has nothing but these linears, frozen, at these dotted paths."""
-    root = nn.Module()
-    for path, weight in weights.items():
-        *parents, last = path.split(".")
-        place = root
-        for part in parents:
-            if part not in dict(place.named_children()):
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        place.add_module(last, _linear(weight))
-    return root
-
-
-def _linear(weight: Tensor) -> Linear:
-    with torch.device("meta"):
-        linear = Linear(weight.shape[1], weight.shape[0])
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-def short_name(name: str) -> str:
-    """The package's name without what it puts in front."""
-    return name.removeprefix(ON_TUNER).removeprefix("model.")
-
-
-def first_part(name: str) -> str:
-    """``vera_lambda_b`` of ``blocks.0.att.key.vera_lambda_b``; the first part of a shared tensor's name."""
-    matched = _OF_A_LINEAR.match(name)
-    return (matched.group(2) if matched else name).partition(".")[0]
-
-
-def linear_of(name: str) -> str | None:
-    """The path of the linear an adapter's tensor belongs to; None if it belongs to all or to none."""
-    matched = _OF_A_LINEAR.match(name)
-    return matched.group(1) if matched else None
-

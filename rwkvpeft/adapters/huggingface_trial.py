@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkvpeft.adapters.huggingface_adapter import FAILURES, PeftAdapter, Traits, first_part, linears_by_path
+from rwkvpeft.adapters.huggingface_adapter import PeftAdapter
+from rwkvpeft.adapters.huggingface_layers import FAILURES, Traits, first_part, linears_by_path
 from rwkvpeft.adapters.huggingface_settings import Tuner, TunerSettings, find_tuner, read_tuner_settings
 from rwkvpeft.adapters.targets import replace_module
 from rwkvpeft.errors import UserError
