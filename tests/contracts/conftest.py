@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ SETTINGS = {
     "state": {"token_shift": True},
     "lora+state": {"r": 4, "state": {"token_shift": True}},
 }
+SETTINGS |= json.loads((Path(__file__).parents[1] / "tuners.json").read_text())
 RATES = {"state": 0.3, "bat": 3e-3}
 
 
@@ -141,9 +143,23 @@ def base_file(tmp_path_factory):
 
 
 METHODS = [name for name in ADAPTERS if name not in ("bone", "disha")] + ["lora+state"]
-MATRIX = [
-    Combination(method, base, version) for method in METHODS for base in BASES for version in sorted(MODELS)
-]
+# these take ten minutes on every base: on their own they are tested where they differ from each other
+TUNERS = [name for name in SETTINGS if name not in METHODS]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every native method on every base; of Hugging Face's tuners a part, or all of them for the support matrix."""
+    if "case" not in metafunc.fixturenames:
+        return
+    matrix = [Combination(*names) for names in product(METHODS, BASES, sorted(MODELS))]
+    if metafunc.config.getoption("--support-report"):
+        matrix += [Combination(*names) for names in product(TUNERS, BASES, sorted(MODELS))]
+    cases = [pytest.param(combination, id="-".join(combination)) for combination in matrix]
+    cases += [
+        pytest.param(Combination(name, "nf4", "x070"), id=f"{name}-nf4-x070", marks=pytest.mark.slow)
+        for name in TUNERS if not metafunc.config.getoption("--support-report")
+    ]
+    metafunc.parametrize("case", cases, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -163,12 +179,14 @@ class Case(NamedTuple):
     file: Path
 
 
-@pytest.fixture(scope="module", params=MATRIX, ids=lambda combination: "-".join(combination))
+@pytest.fixture(scope="module")
 def case(request, base_file, ids, tmp_path_factory):
     """A combination trained for ten steps and saved."""
     combination = request.param
     if combination.base in QUANTISED_BY_A_LIBRARY:
         pytest.importorskip("bitsandbytes")
+    if combination.method in TUNERS:
+        pytest.importorskip("peft")
     path = base_file(combination.version, combination.dtype)
     tuned = Tuned(combination, path)
     before = tuned.logits(ids)
