@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from rwkvpeft.errors import UserError
+from rwkvpeft.quantization.library import without_remarks
 
 # what an adapter_config.json says about itself and its model; it changes nothing
 _BOOKKEEPING = (
@@ -90,7 +91,9 @@ def library() -> Any:
     Raises: UserError if it is not installed.
     """
     try:
-        return import_module("peft")
+        # it imports bitsandbytes where that is installed
+        with without_remarks():
+            return import_module("peft")
     except ImportError as reason:
         raise UserError("this method needs Hugging Face peft", found=str(reason), fix="pip install 'rwkvpeft[peft]'") \
             from reason
