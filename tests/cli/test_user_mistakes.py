@@ -211,5 +211,14 @@ def test_other_settings_than_those_of_the_run_that_would_go_on(train, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+def test_a_run_goes_on_only_on_the_base_it_began_with_quantised_as_it_was(train):
+    run = ("--peft", "lora", "--epoch_count", "2")
+    assert train(*run, "--my_exit", "0", "--quant", "fp8")[0] == 0
+    code, _, errors = train(*run)
+    assert code == 2, errors
+    assert "quant none" in errors
+    assert "quant fp8" in errors
+
+
 def test_an_optimizer_that_this_machine_cannot_run(mistake):
     assert "--optim adam8bit" in mistake("--optim", "paged_adam8bit")
