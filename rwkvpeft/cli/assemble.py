@@ -149,6 +149,13 @@ def make_quantiser(base: Base, config: TrainConfig, adapter: Adapter | None) -> 
     return Quantiser(*stored, device=device if device == "cuda" else "cpu", keep=adapter.trains)
 
 
+def check_merge(base: Base, method: MethodConfig, adapter: Adapter | None) -> None:
+    """Raises: UserError if merged models are to be written and the base lacks the weights to merge into."""
+    if method.merge and adapter is not None and base.packed.quant != "none":
+        raise UserError(f"--merge 1 needs the full-precision model, and {base.path} is quantised",
+                        found=base.packed.quant, fix="--merge 0, and merge.py with the original afterwards")
+
+
 def check_fits(base: Base, config: TrainConfig) -> None:
     """Raises: UserError if a run with these settings cannot fit into memory."""
     check_memory(base.shape, config, partial(make_adapter, config.method), base.packed)

@@ -58,6 +58,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     seed = config.runtime.random_seed
     base = assemble.open_base(config.model)
     adapter = assemble.make_adapter(config.method, base.shape)
+    assemble.check_merge(base, config.method, adapter)
     operator, more = assemble.choose_operator(base.shape, config.runtime)
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))

@@ -56,6 +56,13 @@ def test_a_quantised_file_is_not_trained_whole(quantised, train, tmp_path):
     assert "cannot be trained themselves" in err
 
 
+def test_merged_models_cannot_be_asked_of_a_quantised_file(quantised, train, tmp_path):
+    code, output, err = train("--peft", "lora", "--load_model", quantised, "--proj_dir", tmp_path / "run", "--merge", "1")
+    assert code == 2
+    assert "--merge 1 needs the full-precision model" in err
+    assert "step 1" not in output
+
+
 def test_a_missing_model_is_one_message(tmp_path, capsys):
     assert main(["--model", str(tmp_path / "no.pth"), "--quant", "fp8", "--output", str(tmp_path / "q.pth")]) == 2
     assert "no.pth does not exist" in capsys.readouterr().err
