@@ -105,6 +105,9 @@ class PissaAdapter(LinearAdapter):
     def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
         """See ``LinearAdapter.make_layer``. A base that was loaded without ``prepare`` gives up its part now."""
         if f"{path}.init_lora_A" not in self._initial:
+            if self._given:
+                raise UserError(f"the PiSSA adapter has no start values for {path}",
+                                fix="target_modules as when it was trained, and the start values of all of them")
             if "weight" not in dict(base.named_parameters()):
                 raise ContractError(f"{path} was quantised before PiSSA took out its principal components")
             base.weight.data = self.prepare(path, base.weight.data).to(base.weight.dtype)

@@ -52,6 +52,13 @@ def test_start_values_of_a_file_are_taken_instead_of_a_new_decomposition():
     assert adapter.prepare("blocks.0.att.value", weight) is weight
 
 
+def test_a_target_that_a_files_start_values_lack_is_refused():
+    adapter = PissaAdapter()
+    adapter.take_constants({f"{PATH}.init_lora_A": torch.randn(2, 6), f"{PATH}.init_lora_B": torch.randn(8, 2)})
+    with pytest.raises(UserError, match="no start values for blocks.0.att.value"):
+        adapter.make_layer("blocks.0.att.value", Linear(6, 8))
+
+
 def test_a_rank_larger_than_the_matrix_is_refused():
     with pytest.raises(UserError, match="larger than"):
         PissaAdapter.from_settings({"r": 9}).prepare(PATH, torch.randn(8, 16))
