@@ -72,9 +72,18 @@ class RankAllocation:
                             fix="a smaller tinit or tfinal")
         # with a pattern in its settings the package would write shortened tensors into files
         config.rank_pattern = self._kept or None
+        self._follow_model()
         if step <= config.total_step - config.tfinal or self._kept:
             self._tuner.update_and_allocate(step)
         self._kept, config.rank_pattern = config.rank_pattern or {}, None
+
+    def _follow_model(self) -> None:
+        """A model moves to its device after the file was read, and the allocator's averages are not part of it."""
+        parameters = dict(self._model.named_parameters())
+        for attribute in _AVERAGES.values():
+            averages = getattr(self._tuner.rankallocator, attribute)
+            for key, tensor in averages.items():
+                averages[key] = tensor.to(parameters[key].device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What going on needs, by its names in files."""

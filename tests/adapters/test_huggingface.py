@@ -295,6 +295,19 @@ def test_adalora_goes_on_exactly_from_its_file(ids, cut):
     assert all(torch.equal(found[name], tensor) for name, tensor in adapter.file_tensors(model).items())
 
 
+def test_adaloras_averages_follow_the_model_to_its_device(ids, monkeypatch):
+    model, adapter = small_model(), build("adalora", tfinal=2)
+    adapter.attach(model)
+    train_adalora(adapter, model, ids, [1])
+    model, adapter = adalora_from(copies(adapter.file_tensors(model)))
+    model.to("meta")
+    tuner = adapter._peft.base_model
+    monkeypatch.setattr(tuner, "update_and_allocate", lambda step: None)
+    adapter.after_step(model, 2, 10)
+    averages = [*tuner.rankallocator.exp_avg_ipt.values(), *tuner.rankallocator.exp_avg_unc.values()]
+    assert {tensor.device.type for tensor in averages} == {"meta"}
+
+
 def test_adalora_needs_more_steps_than_it_keeps_aside(ids):
     model, adapter = small_model(), build("adalora", tinit=6, tfinal=5)
     adapter.attach(model)
