@@ -35,6 +35,19 @@ def test_a_row_of_zeros_stays_a_row_of_zeros():
     torch.testing.assert_close(merged, base.weight)
 
 
+def test_small_changes_of_a_magnitude_reach_the_output_in_bf16():
+    layer = DoraLinear(frozen(4, 64).to(torch.bfloat16), 2, 1.0)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(10_000, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_magnitude_vector.copy_(1.0045 * layer._lengths())
+        direction = layer.base.weight.float() + layer.lora_B @ layer.lora_A
+        plain, scaled = x.float() @ direction.T, layer(x).float()
+    # each output is rounded, but not all of them in one direction
+    found = (scaled * plain).sum(0) / (plain * plain).sum(0)
+    torch.testing.assert_close(found, torch.full((4,), 1.0045), rtol=0, atol=1e-3)
+
+
 def test_lengths_are_constants_to_the_gradient():
     base = frozen(6, 9)
     layer = DoraLinear(base, 2, 0.5)
