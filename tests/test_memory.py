@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,12 @@ def test_a_run_that_may_fit_is_let_through():
     settings = config("lora")
     check_memory(SMALL, settings, lambda part: adapter_of(settings))
     assert total_memory("cpu") > 10**8
+
+
+def test_a_gpus_memory_is_told_without_taking_some_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80_000))
+    monkeypatch.delattr(torch.cuda, "mem_get_info")
+    assert total_memory("cuda") == 80_000
 
 
 def test_a_method_that_looks_at_values_is_not_checked(monkeypatch):

@@ -32,7 +32,7 @@ from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Needs
-from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device
+from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def make_quantiser(base: Base, config: TrainConfig, adapter: Adapter | None) -> 
         raise UserError(f"{base.path} is a quantised model, whose weights cannot be trained themselves",
                         found="--peft none", fix="--peft lora, or the full-precision checkpoint")
     # a GPU quantises faster, and the weights end up there anyway
-    device = find_device(config.runtime)
-    return Quantiser(*stored, device=device if device == "cuda" else "cpu", keep=adapter.trains)
+    device = local_device(config.runtime)
+    return Quantiser(*stored, device=device if device.type == "cuda" else "cpu", keep=adapter.trains)
 
 
 def check_merge(base: Base, method: MethodConfig, adapter: Adapter | None) -> None:

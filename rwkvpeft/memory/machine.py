@@ -10,7 +10,8 @@ import torch
 def total_memory(device_type: str) -> int | None:
     """Bytes of the device, used or not; None where they cannot be told."""
     if device_type == "cuda":
-        return int(torch.cuda.mem_get_info()[1])
+        # mem_get_info would open the first GPU in every process, each time at the cost of a CUDA context there
+        return int(torch.cuda.get_device_properties(0).total_memory)
     if device_type != "cpu":
         return None
     limits = [_meminfo_total(Path("/proc/meminfo")), _cgroup_limit(Path("/sys/fs/cgroup/memory.max"))]

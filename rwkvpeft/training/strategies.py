@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -93,6 +94,17 @@ def find_device(runtime: RuntimeConfig) -> str:
     if device_type == "cuda" and runtime.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError("--precision bf16: this GPU does not compute in bf16", fix="--precision fp16 or fp32")
     return device_type
+
+
+def local_device(runtime: RuntimeConfig) -> torch.device:
+    """This process's own device: Lightning and torchrun start one process for each, and number them in LOCAL_RANK.
+
+    Raises: as ``find_device``.
+    """
+    device_type = find_device(runtime)
+    if device_type != "cuda":
+        return torch.device(device_type)
+    return torch.device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _strategy(runtime: RuntimeConfig) -> Any:

@@ -9,7 +9,14 @@ from rwkvpeft.config.groups import RuntimeConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.quantization.format import build_format
 from rwkvpeft.quantization.linear import QuantizedLinear
-from rwkvpeft.training.strategies import ScaledGradients, find_device, matmul_precision, place_model, trainer_arguments
+from rwkvpeft.training.strategies import (
+    ScaledGradients,
+    find_device,
+    local_device,
+    matmul_precision,
+    place_model,
+    trainer_arguments,
+)
 
 
 def runtime(**values):
@@ -37,6 +44,13 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_takes_the_cpu():
     with pytest.raises(UserError, match="no GPU"):
         find_device(runtime(accelerator="gpu"))
     assert find_device(runtime(accelerator="auto")) == "cpu"
+
+
+def test_each_process_of_a_run_on_several_gpus_has_its_own(monkeypatch):
+    monkeypatch.setattr("rwkvpeft.training.strategies.find_device", lambda runtime: "cuda")
+    assert local_device(runtime(accelerator="gpu", devices=2)) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device(runtime(accelerator="gpu", devices=2)) == torch.device("cuda", 1)
 
 
 def test_only_fp16_scales_gradients():
