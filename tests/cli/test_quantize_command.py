@@ -57,7 +57,8 @@ def test_a_quantised_file_is_not_trained_whole(quantised, train, tmp_path):
 
 
 def test_merged_models_cannot_be_asked_of_a_quantised_file(quantised, train, tmp_path):
-    code, output, err = train("--peft", "lora", "--load_model", quantised, "--proj_dir", tmp_path / "run", "--merge", "1")
+    words = ("--peft", "lora", "--load_model", quantised, "--proj_dir", tmp_path / "run")
+    code, output, err = train(*words, "--merge", "1")
     assert code == 2
     assert "--merge 1 needs the full-precision model" in err
     assert "step 1" not in output
