@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rwkvpeft.registry import ADAPTERS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 START = "<!-- support matrix: written by scripts/support_matrix.py -->"
@@ -51,7 +53,8 @@ def table(outcomes: dict[str, dict[str, str]]) -> str:
         if len(checks) == CHECKS and set(checks.values()) == {"passed"}:
             cell.append(VERSIONS[version])
     lines = ["| `--peft` | " + " | ".join(BASES) + " |", "|---|" + "---|" * len(BASES)]
-    for method, row in passed.items():
+    # ours first, then those of Hugging Face
+    for method, row in sorted(passed.items(), key=lambda item: (item[0].partition("+")[0] not in ADAPTERS, item[0])):
         lines.append(f"| {method} | " + " | ".join(_cell(row.get(base)) for base in BASES) + " |")
     return "\n".join(lines)
 
