@@ -194,7 +194,7 @@ def read_start(base: Base, method: MethodConfig, adapter: Adapter | None) -> dic
 def build_for_training(
     base: Base, config: TrainConfig, wkv: Choice, adapter: Adapter | None, start: dict[str, torch.Tensor] | None
 ) -> Rwkv:
-    """Load the model in the file's dtype, or quantised, and make trainable what the method trains.
+    """Load the model, its linears quantised if so asked, and make trainable what the method trains.
 
     ``start`` holds the adapter's first values, if they are not new ones.
     Raises: UserError if the checkpoint or the adapter file does not fit.
@@ -202,11 +202,14 @@ def build_for_training(
     model = build_model(base.shape, wkv.run, head_size_divisor=config.model.head_size_divisor)
     # an adapter's first values belong to the seed: a run killed before its first save starts with them again
     torch.manual_seed(config.runtime.random_seed)
+    # the finer of the two: what is trained starts from the file's own values, and what an adapter takes out of a
+    # weight leaves a rest that the file's dtype may not hold
+    compute = COMPUTE_DTYPES[config.runtime.precision or "fp32"]
     fill_model(
         model,
         base.tensors,
         device="cpu",
-        dtype=base.outline["emb.weight"].dtype,
+        dtype=torch.promote_types(base.outline["emb.weight"].dtype, compute),
         source=base.path,
         quantiser=make_quantiser(base, config, adapter),
         prepare=adapter.prepare if adapter else None,

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 
+from rwkvpeft.cli.assemble import build_for_training
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +32,24 @@ def test_lora_training_writes_the_adapter_alone(train, tmp_path):
     assert {name.rpartition(".")[2] for name in tensors} == {"lora_A", "lora_B", "weight", "bias"}
     assert tensors["blocks.0.att.key.lora_A"].shape == (4, 32)
     assert "merge.py --base_model" in output
+
+
+def test_pissa_cuts_a_16_bit_weight_without_loss_when_it_computes_in_fp32(train, tiny_model, tmp_path, monkeypatch):
+    half = {name: tensor.bfloat16() for name, tensor in read(tiny_model).items()}
+    torch.save(half, tmp_path / "half.pth")
+    built = []
+
+    def build(*parts):
+        built.append(build_for_training(*parts))
+        return built[0]
+
+    monkeypatch.setattr("rwkvpeft.cli.assemble.build_for_training", build)
+    rate = ("--lr_init", "1e-12", "--lr_final", "1e-12")
+    code, _, errors = train("--load_model", tmp_path / "half.pth", "--peft", "pissa", "--precision", "fp32", *rate)
+    assert code == 0, errors
+    layer = built[0].blocks[0].att.key
+    whole = layer.base.weight + layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(whole, half["blocks.0.att.key.weight"].float(), rtol=0, atol=1e-6)
 
 
 def test_state_tuning_writes_one_state_for_each_layer(train, tmp_path):
