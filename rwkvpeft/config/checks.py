@@ -201,7 +201,8 @@ def check_paths(config: TrainConfig, findings: Findings) -> None:
     """Note every input file that is not there and an output folder that cannot be written. Writes nothing."""
     if config.model.load_model not in _NO_MODEL:
         _check_file("--load_model", config.model.load_model, findings)
-    if config.method.adapter:
+    # a folder of Hugging Face peft is as good as a file
+    if config.method.adapter and not (Path(config.method.adapter) / "adapter_config.json").is_file():
         _check_file("--adapter", config.method.adapter, findings)
     if config.method.layer_profile:
         try:

@@ -134,7 +134,9 @@ class MethodConfig:
     )
     quant_double: bool = flag(False, help="store the scales of nf4 and fp4 in 8 bits too")
     quant_head: bool = flag(False, help="quantise the head beside the blocks' matrices")
-    adapter: str = flag("", help="start from this adapter file instead of new values", metavar="FILE")
+    adapter: str = flag(
+        "", help="start from this adapter file or Hugging Face peft folder instead of new values", metavar="FILE"
+    )
     adapter_init: str = flag(
         "", help="PiSSA's start values (init_pissa.pth), for an --adapter file that lacks them", metavar="FILE"
     )

@@ -58,6 +58,14 @@ def test_a_folder_can_be_merged_as_it_is(convert, lora_file, tiny_model, tmp_pat
     assert same(tmp_path / "rwkv-0.pth-merged.pth", tmp_path / "hf-merged.pth")
 
 
+def test_training_goes_on_from_a_folder(convert, lora_file, train, tmp_path):
+    pytest.importorskip("safetensors")
+    convert(lora_file, tmp_path / "hf")
+    settings = ("--peft", "lora", "--peft_config", '{"r": 4}', "--train_parts", "ln")
+    code, _, errors = train(*settings, "--adapter", tmp_path / "hf", "--proj_dir", tmp_path / "more")
+    assert code == 0, errors
+
+
 def test_a_tuner_of_hugging_face_trains_goes_on_and_is_converted(train, convert, tmp_path):
     pytest.importorskip("peft")
     settings = ("--peft", "adalora", "--peft_config", '{"init_r": 4, "target_r": 2}', "--train_parts", "ln")
