@@ -34,6 +34,9 @@ from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
 
+# settings that change what an adapter's tensors compute and that the tensors do not tell
+_SCALES = ("lora_alpha", "use_rslora")
+
 
 @dataclass(frozen=True)
 class Base:
@@ -186,9 +189,18 @@ def read_start(base: Base, method: MethodConfig, adapter: Adapter | None) -> dic
                 expected=adapter.name,
                 fix=f"--peft {recipe.method}",
             )
+        _check_scale(method.adapter, recipe, adapter)
     if method.adapter_init:
         tensors = {**load_tensors(method.adapter_init), **tensors}
     return adapter.take_constants(adapter.rename(tensors))
+
+
+def _check_scale(path: str, recipe: Recipe, adapter: Adapter) -> None:
+    settings = adapter.settings()
+    for name in _SCALES:
+        if name in recipe.config and recipe.config[name] != settings.get(name):
+            raise UserError(f"--adapter {path} was trained with another {name}", found=settings.get(name),
+                            expected=recipe.config[name], fix=f"{name} in --peft_config as it was")
 
 
 def build_for_training(

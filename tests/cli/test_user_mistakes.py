@@ -99,6 +99,13 @@ def test_an_adapter_of_another_base(mistake, train, tiny_model, tmp_path):
     assert "is not the model this adapter was trained on" in text
 
 
+def test_an_adapter_of_another_alpha(mistake, train, tmp_path):
+    train("--peft", "lora", "--peft_config", '{"lora_alpha": 64}', "--proj_dir", tmp_path / "first")
+    text = mistake("--peft", "lora", "--adapter", tmp_path / "first" / "rwkv-0.pth")
+    assert "trained with another lora_alpha" in text
+    assert "64" in text
+
+
 def test_merging_into_another_base(train, tiny_model, tmp_path, capsys):
     train("--peft", "lora")
     other = torch.load(tiny_model, weights_only=True)
