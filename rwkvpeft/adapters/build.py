@@ -10,6 +10,7 @@ from torch import Tensor
 from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.adapters.combined import CombinedAdapter
 from rwkvpeft.adapters.profile import ProfileAdapter
+from rwkvpeft.adapters.settings import PissaConfig
 from rwkvpeft.adapters.targets import few
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTERS, find
@@ -64,11 +65,12 @@ def _member_of_the_lora_family(settings: Mapping[str, Any]) -> tuple[str, dict[s
     start = own.pop("init_lora_weights", True)
     dora = own.pop("use_dora", False)
     if isinstance(start, str) and start.startswith("pissa"):
-        for key in ("lora_alpha", "alpha", "lora_dropout", "dropout"):
-            own.pop(key, None)
+        # PiSSA has neither: an alpha equal to the rank, and no dropout, are how that package says so
+        idle = {"lora_alpha": own.get("r", PissaConfig.r), "lora_dropout": 0}
+        own = {key: value for key, value in own.items() if key not in idle or value != idle[key]}
         niter = start.removeprefix("pissa").removeprefix("_niter_")
         return "pissa", {**own, **({"svd_niter": int(niter)} if niter.isdigit() else {})}
-    if start not in (True, "gaussian"):
+    if start is not True:
         raise UserError("init_lora_weights is not known here", found=start, expected=[True, "pissa", "pissa_niter_4"])
     return ("dora" if dora else "lora"), own
 

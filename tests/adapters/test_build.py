@@ -26,9 +26,16 @@ def test_hugging_faces_keys_choose_among_the_lora_methods(settings, method):
                                                        4 if method == "pissa" else 7)
 
 
-def test_an_unknown_start_of_lora_is_refused():
+@pytest.mark.parametrize("start", ["olora", "gaussian", False])
+def test_a_start_of_lora_that_is_not_known_here_is_refused(start):
     with pytest.raises(UserError, match="init_lora_weights"):
-        build_adapter("lora", {"init_lora_weights": "olora"})
+        build_adapter("lora", {"init_lora_weights": start})
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 16}, {"lora_dropout": 0.1}])
+def test_settings_that_pissa_does_not_have_are_refused_where_they_would_do_something(settings):
+    with pytest.raises(UserError, match="pissa does not know"):
+        build_adapter("lora", {"init_lora_weights": "pissa", "r": 8, **settings})
 
 
 def test_states_beside_another_method_have_rates_of_their_own():
