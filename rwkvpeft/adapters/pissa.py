@@ -77,8 +77,8 @@ class PissaAdapter(LinearAdapter):
             return weight
         if f"{path}.init_lora_A" not in self._initial:
             self._initial |= {f"{path}.{name}": tensor for name, tensor in self._decompose(path, weight).items()}
-        initial = self._initial_of(path)
-        return torch.addmm(weight.float(), initial["init_lora_B"], initial["init_lora_A"], alpha=-1)
+        first, second = (self._initial_of(path)[name].to(weight.device) for name in INITIAL)
+        return torch.addmm(weight.float(), second, first, alpha=-1)
 
     def _is_target(self, path: str) -> bool:
         if self._given:

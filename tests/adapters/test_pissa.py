@@ -52,6 +52,12 @@ def test_start_values_of_a_file_are_taken_instead_of_a_new_decomposition():
     assert adapter.prepare("blocks.0.att.value", weight) is weight
 
 
+def test_start_values_go_where_the_weight_is():
+    adapter = PissaAdapter()
+    adapter.take_constants({f"{PATH}.init_lora_A": torch.randn(2, 6), f"{PATH}.init_lora_B": torch.randn(8, 2)})
+    assert adapter.prepare(PATH, torch.empty(8, 6, device="meta")).is_meta
+
+
 def test_a_target_that_a_files_start_values_lack_is_refused():
     adapter = PissaAdapter()
     adapter.take_constants({f"{PATH}.init_lora_A": torch.randn(2, 6), f"{PATH}.init_lora_B": torch.randn(8, 2)})
