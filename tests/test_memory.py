@@ -193,6 +193,14 @@ def test_a_base_too_large_for_an_adapter_can_be_quantised():
     assert ways_out(replace(settings, method=replace(settings.method, quant="nf4"))) == []
 
 
+def test_a_head_that_a_quantised_file_left_whole_is_counted_as_the_run_quantises_it():
+    settings = config("lora", quant="nf4")
+    with_head = replace(settings, method=replace(settings.method, quant_head=True))
+    whole, packed = (least_need(SMALL, run, lambda part: adapter_of(settings), Quantisation("nf4")).weights
+                     for run in (settings, with_head))
+    assert packed < whole
+
+
 def test_a_run_that_may_fit_is_let_through():
     settings = config("lora")
     check_memory(SMALL, settings, lambda part: adapter_of(settings))

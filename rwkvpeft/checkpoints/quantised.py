@@ -19,6 +19,7 @@ from torch import Tensor
 from rwkvpeft.atomic import write_whole
 from rwkvpeft.checkpoints.files import MappedTensors, fingerprint, load_tensors, outline_of
 from rwkvpeft.checkpoints.stream import Spec, write_tensors
+from rwkvpeft.config.groups import MethodConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.names import is_large_linear
 from rwkvpeft.models.shape import read_shape
@@ -143,6 +144,12 @@ def quantisation_of(packed: Mapping[str, PackedWeight]) -> Quantisation:
     for weight in packed.values():
         return Quantisation(weight.format.name, weight.format.is_double, HEAD in packed)
     return Quantisation()
+
+
+def quantisation_in_run(method: MethodConfig, packed: Quantisation) -> Quantisation:
+    """How a run stores the large linears: as its flags say, or as a quantised base (``packed``) has them already."""
+    asked = Quantisation(method.quant, method.quant_double, method.quant_head)
+    return packed if asked.quant == "none" else asked._replace(head=asked.head or packed.head)
 
 
 def model_fingerprint(path: Path | str) -> str:

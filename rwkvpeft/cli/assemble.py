@@ -20,6 +20,7 @@ from rwkvpeft.checkpoints.quantised import (
     find_packed,
     model_fingerprint,
     model_outline,
+    quantisation_in_run,
     quantisation_of,
 )
 from rwkvpeft.config.findings import Findings
@@ -128,20 +129,12 @@ def make_adapter(method: MethodConfig, shape: ModelShape) -> Adapter | None:
     return build_adapter(method.peft, method.peft_config, parts)
 
 
-def quantisation(base: Base, method: MethodConfig) -> Quantisation:
-    """How the run stores the large linears: as the flags say, or as a quantised base has them."""
-    asked = Quantisation(method.quant, method.quant_double, method.quant_head)
-    if asked.quant == "none":
-        return base.packed
-    return asked._replace(head=asked.head or base.packed.head)
-
-
 def make_quantiser(base: Base, config: TrainConfig, adapter: Adapter | None) -> Quantiser | None:
     """What quantises the frozen linears; None if they stay as in an ordinary file.
 
     Raises: UserError if the format or its package is not there, or a quantised base is to be trained itself.
     """
-    stored = quantisation(base, config.method)
+    stored = quantisation_in_run(config.method, base.packed)
     if stored.quant == "none":
         return None
     if adapter is None:
@@ -250,7 +243,7 @@ def write_constants(config: TrainConfig, adapter: Adapter | None, model: Rwkv) -
 
 def make_recipe(base: Base, config: TrainConfig, adapter: Adapter | None) -> Recipe:
     """What merging or going on needs to know of this run."""
-    stored = quantisation(base, config.method)
+    stored = quantisation_in_run(config.method, base.packed)
     return Recipe(
         method=adapter.name if adapter else "none",
         config=adapter.settings() if adapter else {},

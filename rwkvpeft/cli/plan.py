@@ -119,6 +119,7 @@ def _sizes(model: ModelConfig) -> tuple[ModelShape, Quantisation]:
 def _lines(
     shape: ModelShape, packed: Quantisation, config: TrainConfig, device_type: str, available: int | None
 ) -> list[str]:
+    from rwkvpeft.checkpoints.quantised import quantisation_in_run
     from rwkvpeft.cli.assemble import make_adapter
     from rwkvpeft.memory import count_parameters, expect, least_need
 
@@ -126,7 +127,7 @@ def _lines(
     need = expect(shape, config, partial(make_adapter, method), packed)
     least = least_need(shape, config, partial(make_adapter, method), packed)
     total, trained = count_parameters(shape), need.trained // 4
-    quant = packed.quant if packed.quant != "none" else method.quant
+    quant = quantisation_in_run(method, packed).quant
     source = f"{config.model.load_model}, " if config.model.load_model else ""
     return [
         f"model: {source}RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}, {total / 1e6:,.1f} M "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
-from rwkvpeft.checkpoints.quantised import Quantisation, Quantiser
+from rwkvpeft.checkpoints.quantised import Quantisation, Quantiser, quantisation_in_run
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
@@ -76,9 +76,7 @@ def training_outline(
     operator: Backend = find(BACKENDS[operator_of(shape)], "torch", flag="--op")
     model = build_model(shape, operator.run, head_size_divisor=config.model.head_size_divisor)
     weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
-    method = config.method
-    chosen = Quantisation(method.quant, method.quant_double, method.quant_head)
-    stored = chosen if packed.quant == "none" else packed
+    stored = quantisation_in_run(config.method, packed)
     quantiser = None if adapter is None or stored.quant == "none" else _Outliner(*stored, keep=adapter.trains)
     prepare = adapter.prepare if adapter else None
     fill_model(model, weights, device="meta", dtype=dtype, source="the model", quantiser=quantiser, prepare=prepare)
