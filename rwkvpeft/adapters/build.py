@@ -11,11 +11,10 @@ from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.adapters.combined import CombinedAdapter
 from rwkvpeft.adapters.profile import ProfileAdapter
 from rwkvpeft.adapters.settings import PissaConfig
+from rwkvpeft.adapters.state import BESIDE_OTHERS
 from rwkvpeft.adapters.targets import few
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTERS, find
-
-_STATE_RATES = {"lr_init": 1.0, "lr_final": 0.01}
 
 
 def build_adapter(method: str, settings: Mapping[str, Any], train_parts: Iterable[str] = ()) -> Adapter | None:
@@ -53,7 +52,7 @@ def _with_state(method: str, settings: Mapping[str, Any], train_parts: Iterable[
     if not isinstance(state, Mapping):
         raise UserError("state in --peft_config must hold the settings of the states", found=state,
                         expected='{"token_shift": true, "lr_init": 1}')
-    members = [build_adapter(others[0], own), build_adapter("state", {**_STATE_RATES, **state})]
+    members = [build_adapter(others[0], own), build_adapter("state", {**BESIDE_OTHERS, **state})]
     built = [member for member in members if member is not None]
     both = {**built[0].settings(), "state": built[1].settings()}
     return CombinedAdapter(f"{built[0].name}+state", built, both, train_parts)

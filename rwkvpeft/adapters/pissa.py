@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rwkvpeft.adapters.linear import AdaptedLinear, LinearAdapter
 from rwkvpeft.adapters.lora import LoraLinear
 from rwkvpeft.adapters.settings import PissaConfig
-from rwkvpeft.adapters.targets import DEFAULT_TARGETS
+from rwkvpeft.adapters.targets import DEFAULT_TARGETS, fits
 from rwkvpeft.errors import ContractError, UserError
 
 INITIAL = {"init_lora_A": "lora_A", "init_lora_B": "lora_B"}
@@ -84,7 +84,7 @@ class PissaAdapter(LinearAdapter):
         if self._given:
             return f"{path}.init_lora_A" in self._initial
         wanted = self.config.target_modules or DEFAULT_TARGETS
-        return any(path == target or path.endswith("." + target) for target in wanted)
+        return any(fits(path, target) for target in wanted)
 
     def _decompose(self, path: str, weight: Tensor) -> dict[str, Tensor]:
         rank = self.config.r

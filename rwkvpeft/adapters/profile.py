@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.adapters.combined import CombinedAdapter
-from rwkvpeft.adapters.state import StateAdapter
+from rwkvpeft.adapters.state import BESIDE_OTHERS, StateAdapter
 from rwkvpeft.adapters.targets import DEFAULT_TARGETS
 from rwkvpeft.adapters.trained_parts import UNREAD, TrainedParts
 from rwkvpeft.config.findings import Findings
@@ -35,8 +35,6 @@ from rwkvpeft.registry import ADAPTERS, find
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _STATE = re.compile(r"blocks\.(\d+)\.(att|ffn)\.(time|shift)_state")
-# what a state learns at beside another method
-_STATE_LR_INIT, _STATE_LR_FINAL = 1.0, 0.01
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 # bone and disha have no dropout: upstream's files fill the cell for them too, and upstream never reads it
 _SETTINGS = {"lora": _LORA, "dora": _LORA, "miss": {"rank": "r", "dropout": "miss_dropout"}}
@@ -219,8 +217,8 @@ class ProfileAdapter(CombinedAdapter):
         if state := _STATE.fullmatch(name):
             own = self.plan.state_row(state[1])
             return None if own is None else Rates(
-                _STATE_LR_INIT if own.state_lr_init is None else own.state_lr_init,
-                _STATE_LR_FINAL if own.state_lr_final is None else own.state_lr_final,
+                BESIDE_OTHERS["lr_init"] if own.state_lr_init is None else own.state_lr_init,
+                BESIDE_OTHERS["lr_final"] if own.state_lr_final is None else own.state_lr_final,
                 0.0,
             )
         row = self.plan.row_of(name)

@@ -21,6 +21,9 @@ from rwkvpeft.adapters.settings import StateConfig
 from rwkvpeft.adapters.targets import device_of
 from rwkvpeft.errors import UserError
 
+BESIDE_OTHERS = {"lr_init": 1.0, "lr_final": 0.01}
+"""What a state learns at where the run's own rates are those of another method."""
+
 _NAME = re.compile(r"^blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)$")
 
 

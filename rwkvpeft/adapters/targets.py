@@ -22,15 +22,16 @@ def target_paths(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     in_blocks = [path for path in linears if path.startswith("blocks.")]
-    chosen = [path for path in linears if any(_fits(path, target) for target in wanted or DEFAULT_TARGETS)]
-    unmatched = [target for target in wanted or () if not any(_fits(path, target) for path in linears)]
+    chosen = [path for path in linears if any(fits(path, target) for target in wanted or DEFAULT_TARGETS)]
+    unmatched = [target for target in wanted or () if not any(fits(path, target) for path in linears)]
     if unmatched or not chosen:
         offered = sorted({".".join(path.split(".")[2:]) for path in in_blocks} | {"head"} & set(linears))
         raise UserError("target_modules names no linear of this model", found=few(unmatched), expected=offered)
     return chosen
 
 
-def _fits(path: str, target: str) -> bool:
+def fits(path: str, target: str) -> bool:
+    """Whether a wanted name means the linear at ``path``."""
     return path == target or (path.startswith("blocks.") and path.endswith("." + target))
 
 
