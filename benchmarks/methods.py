@@ -3,6 +3,7 @@
     python benchmarks/methods.py --results out/methods.json --output docs/methods.md
     python benchmarks/methods.py --results out/methods.json --only lora,nf4     cases with both words in their name
     python benchmarks/methods.py --results out/methods.json --list              the cases, and which are done
+    python benchmarks/methods.py --results out/methods.json --speeds            time what is done again
 
 The task is the quickstart's: the shipped byte-level model learns the shipped conversations of a library's help desk,
 and is then asked for its loss on conversations it has not seen. Every case is a run of train.py and one of
@@ -32,6 +33,7 @@ CTX_LEN = 160
 MICRO_BSZ = 4
 # the first steps warm up caches
 STEPS_NOT_TIMED = 5
+SPEED_STEPS = 30
 
 THIN = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -124,29 +126,43 @@ def heldout_loss(*model: object) -> float:
     return float(json.loads(printed.splitlines()[-1])["loss"])
 
 
-def run(case: Case, rate: float, folder: Path) -> dict[str, Any]:
-    """Train and evaluate one case."""
+def train(case: Case, rate: float, folder: Path, *, epoch_steps: int, epochs: int) -> tuple[str, list[dict[str, Any]]]:
+    """Train one case into its own folder. Returns what was printed, and the record of each step."""
     data = folder / "data"
     if not data.with_suffix(".bin").is_file():
         library = DATA / "library.jsonl"
         call("make_data.py", library, 1, CTX_LEN, "--seed", 1, "--tokenizer", "bytes", "--output", data)
-    proj_dir = folder / case.name.replace(" ", "-")
+    proj_dir = proj_dir_of(case, folder)
     words: list[object] = ["--load_model", MODEL, "--proj_dir", proj_dir, "--resume", "none", "--data_file", data]
     words += ["--tokenizer", "bytes", "--dataload", "pad", "--loss_mask", "qa", "--ctx_len", CTX_LEN]
-    words += ["--micro_bsz", MICRO_BSZ, "--epoch_steps", 0, "--epoch_count", EPOCHS, "--epoch_save", 0]
+    words += ["--micro_bsz", MICRO_BSZ, "--epoch_steps", epoch_steps, "--epoch_count", epochs, "--epoch_save", 0]
     words += ["--lr_init", rate, "--lr_final", rate / 20, "--warmup_steps", 10, "--random_seed", 1]
     words += ["--accelerator", "cpu", "--precision", "bf16" if case.base == "bf16" else "fp32"]
     if case.method != "full":
         words += ["--peft", case.method, "--peft_config", json.dumps(SETTINGS.get(case.method, {}))]
     if case.base in FORMATS:
         words += ["--quant", case.base]
-    start = time.perf_counter()
     printed = call("train.py", *words)
-    seconds = time.perf_counter() - start
-    steps = [json.loads(line) for line in (proj_dir / "loss_data.jsonl").read_text().splitlines()]
-    last = [step for step in steps if step["epoch"] == EPOCHS - 1]
+    return printed, [json.loads(line) for line in (proj_dir / "loss_data.jsonl").read_text().splitlines()]
+
+
+def proj_dir_of(case: Case, folder: Path) -> Path:
+    return folder / case.name.replace(" ", "-")
+
+
+def speed(steps: list[dict[str, Any]]) -> float:
+    """Tokens per second after the first steps."""
     timed = steps[STEPS_NOT_TIMED:]
-    result = proj_dir / f"rwkv-{EPOCHS - 1}.pth"
+    return sum(step["tokens"] for step in timed) / sum(step["t_cost"] for step in timed)
+
+
+def run(case: Case, rate: float, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one case."""
+    start = time.perf_counter()
+    printed, steps = train(case, rate, folder, epoch_steps=0, epochs=EPOCHS)
+    seconds = time.perf_counter() - start
+    last = [step for step in steps if step["epoch"] == EPOCHS - 1]
+    result = proj_dir_of(case, folder) / f"rwkv-{EPOCHS - 1}.pth"
     tuned = (result,) if case.method == "full" else (MODEL, "--adapter", result)
     trained = re.search(r"trained: .*?, ([\d.,]+(?: [MB])?) of [\d.,]+ ?[MB]? parameters", printed)
     return {
@@ -154,7 +170,7 @@ def run(case: Case, rate: float, folder: Path) -> dict[str, Any]:
         "steps": len(steps),
         "training_loss": sum(step["loss"] * step["weight"] for step in last) / sum(step["weight"] for step in last),
         "heldout_loss": heldout_loss(*tuned),
-        "tokens_per_second": sum(step["tokens"] for step in timed) / sum(step["t_cost"] for step in timed),
+        "tokens_per_second": speed(steps),
         "trained": trained[1] if trained else "?",
         "file_bytes": result.stat().st_size,
         "seconds": seconds,
@@ -225,18 +241,33 @@ def measure(case: Case, results: dict[str, Any], folder: Path) -> None:
     print(f"{case.name}: {shown.format(**found)}", flush=True)
 
 
+def measure_speeds(results: dict[str, Any], folder: Path) -> None:
+    """Time every finished case again, over a few steps."""
+    for case, result in finished(results):
+        if "error" in result:
+            continue
+        _, steps = train(case, result["rate"], folder / "speeds", epoch_steps=SPEED_STEPS, epochs=1)
+        result["tokens_per_second"] = speed(steps)
+        print(f"{case.name}: {result['tokens_per_second']:,.0f} tokens/s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "out" / "methods.json", help="what has been measured")
     parser.add_argument("--output", type=Path, help="write the table there, as docs/methods.md")
     parser.add_argument("--only", default="", help="words, separated by commas, that a case's name must have")
     parser.add_argument("--list", action="store_true", help="name the cases and run none")
+    parser.add_argument("--speeds", action="store_true", help="only time the finished cases again, a few steps each")
     options = parser.parse_args()
     folder = options.results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
+    if options.speeds:
+        (folder / "speeds").mkdir(exist_ok=True)
+        measure_speeds(results, folder)
+        options.results.write_text(json.dumps(results, indent=1))
     wanted = [word for word in options.only.split(",") if word]
-    for case in cases():
+    for case in () if options.speeds else cases():
         if not all(word in case.name.split() for word in wanted):
             continue
         if options.list:
