@@ -148,7 +148,7 @@ class LinearAdapter(Adapter):
             raise UserError(f"the adapter has {found[0]} but not its partner", expected=sources)
         parts = {source.rpartition(".")[2]: tensors[source] for source in sources}
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-        usable = len(shape) == 2 and all(tensor.dim() > 0 for tensor in parts.values())
+        usable = len(shape) == 2 and all(tensor.dim() > 0 and tensor.numel() > 0 for tensor in parts.values())
         expected = self.expected_shapes(shape[0], shape[1], parts) if usable else {}
         if shapes != expected:
             raise UserError(f"the adapter does not fit {name} of the base model", found=_shown(shapes),

@@ -73,7 +73,8 @@ class TrainedParts:
         """
         for part, pattern in zip(self.names, self._patterns, strict=True):
             if not any(pattern.search(name) for name in chosen):
-                raise UserError(f"--train_parts {part} selects no parameter of this model")
+                wrapped = part == "head" and "an adapter is on the head already"
+                raise UserError(f"--train_parts {part} selects no parameter of this model", found=wrapped or None)
 
     def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""

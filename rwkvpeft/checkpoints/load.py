@@ -12,7 +12,7 @@ from rwkvpeft.checkpoints.files import MappedTensors
 from rwkvpeft.checkpoints.quantised import HEAD, PackedWeight, Quantiser, find_packed, model_outline
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv, Wkv
-from rwkvpeft.models.names import is_large_linear
+from rwkvpeft.models.names import is_large_linear, is_state
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
@@ -23,7 +23,6 @@ Prepare = Callable[[str, Tensor], Tensor]
 """Takes the module path of a large linear or the head and its weight (out, in), gives the weight to be loaded, of any
 float dtype."""
 
-_STATES = (".time_state", ".shift_state")
 _OPERATORS = {"x052": "wkv5", "x060": "wkv6", "x070": "wkv7"}
 
 
@@ -101,7 +100,7 @@ def fill_model(
     _add_optional(model, outline)
     _check_fit(model, outline, source)
     for name, parameter in list(model.named_parameters()):
-        kept = _memory_dtype(dtype) if name.endswith(_STATES) else dtype
+        kept = _memory_dtype(dtype) if is_state(name) else dtype
         if name not in outline:
             value: Tensor | QuantizedLinear = torch.zeros(parameter.shape, dtype=kept)
         else:

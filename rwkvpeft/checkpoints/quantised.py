@@ -111,7 +111,9 @@ def find_packed(tensors: Mapping[str, Tensor], source: str) -> dict[str, PackedW
     for (weight, kind), names in parts.items():
         prefix = f"{weight}.{kind}."
         format = build_format(kind, double="scale_codes" in names)
-        shape = tuple(tensors[prefix + "shape"].tolist()) if "shape" in names else ()
+        told = outline.get(prefix + "shape")
+        usable = told is not None and told.dtype == torch.int64 and tuple(told.shape) == (2,)
+        shape = tuple(tensors[prefix + "shape"].tolist()) if usable else ()
         layout = {} if len(shape) != 2 else format.layout(shape)
         found_layout = {part: (tuple(outline[prefix + part].shape), outline[prefix + part].dtype) for part in names}
         found_layout.pop("shape", None)
@@ -164,7 +166,9 @@ def model_fingerprint(path: Path | str) -> str:
         except UserError:
             # whatever is wrong with it as a checkpoint is for those to say who load it
             told = None
-    return fingerprint(path) if told is None else bytes(told.tolist()).hex()
+    if told is None or told.dtype != torch.uint8 or told.dim() != 1:
+        return fingerprint(path)
+    return bytes(told.tolist()).hex()
 
 
 class QuantiseReport(NamedTuple):

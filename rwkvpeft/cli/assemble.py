@@ -13,7 +13,7 @@ from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.adapters.profile import ProfileAdapter
 from rwkvpeft.checkpoints.adapter import Recipe, check_base, load_adapter
 from rwkvpeft.checkpoints.files import MappedTensors, load_tensors, save_tensors
-from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
+from rwkvpeft.checkpoints.load import Prepare, build_model, fill_model, operator_of
 from rwkvpeft.checkpoints.quantised import (
     Quantisation,
     Quantiser,
@@ -217,7 +217,7 @@ def build_for_training(
         dtype=torch.promote_types(base.outline["emb.weight"].dtype, compute),
         source=base.path,
         quantiser=make_quantiser(base, config, adapter),
-        prepare=adapter.prepare if adapter else None,
+        prepare=_prepare_on(local_device(config.runtime), adapter) if adapter else None,
     )
     model.checkpointing = bool(config.runtime.grad_cp)
     for block in model.blocks:
@@ -239,6 +239,20 @@ def write_constants(config: TrainConfig, adapter: Adapter | None, model: Rwkv) -
     constants = adapter.constants(model) if adapter else {}
     if adapter is not None and constants:
         save_tensors(Path(config.output.proj_dir) / f"init_{adapter.name.partition('+')[0]}.pth", constants)
+
+
+def _prepare_on(device: torch.device, adapter: Adapter) -> Prepare:
+    """``adapter.prepare`` on the run's GPU, if it has one: PiSSA's decompositions take minutes on a CPU."""
+    if device.type != "cuda":
+        return adapter.prepare
+
+    def prepare(path: str, weight: torch.Tensor) -> torch.Tensor:
+        there = weight.to(device)
+        prepared = adapter.prepare(path, there)
+        # whoever reads a file tells by identity whether a weight was left as it is
+        return weight if prepared is there else prepared
+
+    return prepare
 
 
 def make_recipe(base: Base, config: TrainConfig, adapter: Adapter | None) -> Recipe:

@@ -19,6 +19,11 @@ def is_large_linear(name: str) -> bool:
     return _LARGE_LINEAR.fullmatch(name) is not None
 
 
+def is_state(name: str) -> bool:
+    """Whether a tensor of that name is what a layer starts from; the recurrence takes it in fp32 in any run."""
+    return name.endswith((".time_state", ".shift_state"))
+
+
 class TensorName(NamedTuple):
     """One published tensor: its name, its shape in letters, what it is."""
 
@@ -38,6 +43,7 @@ EVERY_VERSION = (
     TensorName("blocks.{L}.att.output.weight", "C, A", "from what was read back to the residual stream"),
     TensorName("blocks.{L}.att.ln_x.weight/bias", "A", "group norm of what was read, one group per head"),
     TensorName("blocks.{L}.att.time_state", "H, N, N", "tuned initial memory; rows value, columns key; optional"),
+    TensorName("blocks.{L}.att/ffn.shift_state", "C", "tuned token before the first; this toolkit's own; optional"),
     TensorName("blocks.{L}.ffn.key.weight", "F, C", "channel mixing, up"),
     TensorName("blocks.{L}.ffn.value.weight", "C, F", "channel mixing, down"),
     TensorName("ln_out.weight/bias", "C", "layer norm before the head"),

@@ -14,6 +14,7 @@ from torch import nn
 
 from rwkvpeft.config.groups import RuntimeConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.models.names import is_state
 
 COMPUTE_DTYPES = {
     "fp32": torch.float32,
@@ -133,7 +134,7 @@ def place_model(model: nn.Module, precision: str, device: torch.device | str = "
     """
     compute = COMPUTE_DTYPES[precision]
     for name, parameter in model.named_parameters():
-        kept = parameter.requires_grad or name.endswith(".time_state")
+        kept = parameter.requires_grad or is_state(name)
         parameter.data = parameter.data.to(device=device, dtype=torch.float32 if kept else compute)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)

@@ -132,3 +132,18 @@ def test_an_unknown_setting_is_answered_with_the_known_ones(adapter):
 
 def test_no_adapter_is_built_for_full_training():
     assert build_adapter("none", {}) is None
+
+
+def test_a_head_with_an_adapter_cannot_be_a_trained_part_too():
+    adapter = build_adapter("lora", {"target_modules": ["att.key", "head"]}, ["head"])
+    with pytest.raises(UserError, match="on the head already"):
+        adapter.attach(small_model("x070"))
+
+
+@pytest.mark.parametrize("method", ["lora", "miss", "bat"])
+def test_an_empty_tensor_is_refused_before_it_is_merged(method):
+    adapter = small_adapter(method)
+    empty = {"lora": {"lora_A": (0, 8), "lora_B": (8, 0)}, "miss": {"miss": (0, 8)}, "bat": {"miss": (0, 0, 0)}}[method]
+    tensors = {f"k.{name}": torch.zeros(shape) for name, shape in empty.items()}
+    with pytest.raises(UserError, match="does not fit"):
+        adapter.changes("k.weight", (8, 8), tensors)

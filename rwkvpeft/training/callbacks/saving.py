@@ -17,6 +17,7 @@ from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.checkpoints.adapter import Recipe, check_finite, save_adapter, save_recipe
 from rwkvpeft.checkpoints.files import save_tensors
 from rwkvpeft.checkpoints.merge import merge_files
+from rwkvpeft.models.names import is_state
 from rwkvpeft.training.module import RwkvModule
 from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resume import (
@@ -66,7 +67,9 @@ class Checkpoints:
         else:
             beside = self._folder / f"rwkv-{epoch}-adapter.pth"
             save_adapter(beside, self._adapter.file_tensors(model), recipe)
-            merge_files(self._merged_into, beside, path, recipe=recipe)
+            # where training quantised: another device's program may round a tie the other way
+            device = next(model.parameters()).device
+            merge_files(self._merged_into, beside, path, recipe=recipe, device=str(device))
         return path
 
 
@@ -74,7 +77,7 @@ def whole_model(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of a fully trained model under its published name, in the dtype the model computes in."""
     dtype: Any = model.compute_dtype
     return {
-        name: tensor.detach() if name.endswith(".time_state") else tensor.detach().to(dtype)
+        name: tensor.detach() if is_state(name) else tensor.detach().to(dtype)
         for name, tensor in model.state_dict().items()
     }
 
