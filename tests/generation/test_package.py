@@ -17,6 +17,7 @@ from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import fingerprint, load_tensors, save_tensors
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.checkpoints.merge import merge_files
+from rwkvpeft.checkpoints.quantised import Quantiser
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.generation.generate import TextGenerator
 from rwkvpeft.generation.sampling import Sampler, SamplingConfig
@@ -136,17 +137,22 @@ def test_a_merged_state_is_read_by_the_package(golden, tmp_path, version):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_model_tuned_and_merged_here_gives_the_same_logits_in_the_package(golden, tmp_path, version):
+@pytest.mark.parametrize(
+    ("version", "method", "quant"),
+    [*((version, "lora", "none") for version in VERSIONS), ("7", "miss", "none"), ("6", "bat", "none"),
+     ("7", "dora", "none"), ("7", "pissa", "fp8")],
+)
+def test_a_model_tuned_and_merged_here_gives_the_same_logits_in_the_package(golden, tmp_path, version, method, quant):
     base = fp32_base(golden, version, tmp_path)
     tokens = np.load(golden / f"package_v{version}.npz")["prompt_tokens"][:24]
-    model = load_model(base, dtype=torch.float32)
-    plain = logits_of(model, tokens)
-    adapter = build_adapter("lora", {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}, ["time", "ln"])
+    plain = logits_of(load_model(base, dtype=torch.float32), tokens)
+    adapter = build_adapter(method, {"r": 4}, ["time", "ln"])
+    quantiser = None if quant == "none" else Quantiser(quant, keep=adapter.trains)
+    model = load_model(base, dtype=torch.float32, quantiser=quantiser, prepare=adapter.prepare)
     adapter.attach(model)
     tune(model, adapter, torch.as_tensor(tokens)[None])
-    recipe = Recipe(method="lora", config=adapter.settings(), base_fingerprint=fingerprint(base))
-    save_adapter(tmp_path / "rwkv-0.pth", adapter.trained_tensors(model), recipe)
+    recipe = Recipe(method=method, config=adapter.settings(), base_fingerprint=fingerprint(base), quant=quant)
+    save_adapter(tmp_path / "rwkv-0.pth", adapter.file_tensors(model), recipe)
     merge_files(base, tmp_path / "rwkv-0.pth", tmp_path / "merged.pth")
 
     here = logits_of(load_model(tmp_path / "merged.pth"), tokens)
