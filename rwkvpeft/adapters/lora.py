@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rwkvpeft.adapters.linear import AdaptedLinear, LinearAdapter
 from rwkvpeft.adapters.settings import LoraConfig
 from rwkvpeft.adapters.targets import device_of
+from rwkvpeft.errors import UserError
 
 _ROWS = 1024
 # a row of zeros has no direction: it stays a row of zeros instead of turning into NaN
@@ -53,6 +54,13 @@ class LoraLinear(AdaptedLinear):
         return F.linear(thin * self.scaling, self.lora_B.to(x.dtype))
 
 
+def check_rank(method: str, rank: int, path: str, base: nn.Linear) -> None:
+    """Raises: UserError if a product of that rank would have more numbers than it can tell apart."""
+    most = min(base.in_features, base.out_features)
+    if rank > most:
+        raise UserError(f"{method}'s r is larger than {path}", found=rank, expected=f"up to {most}")
+
+
 class LoraAdapter(LinearAdapter):
     """LoRA on the large linears of the blocks."""
 
@@ -65,6 +73,7 @@ class LoraAdapter(LinearAdapter):
     def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
         """See ``LinearAdapter.make_layer``."""
         config = self.config
+        check_rank("LoRA", config.r, path, base)
         return LoraLinear(base, config.r, config.scaling(config.r), float(config.lora_dropout))
 
     @classmethod
@@ -126,6 +135,7 @@ class DoraAdapter(LoraAdapter):
     def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
         """See ``LinearAdapter.make_layer``."""
         config = self.config
+        check_rank("DoRA", config.r, path, base)
         return DoraLinear(base, config.r, config.scaling(config.r), float(config.lora_dropout))
 
     @classmethod

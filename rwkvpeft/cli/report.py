@@ -66,7 +66,7 @@ def _plan_line(config: TrainConfig, data: TrainingData) -> str:
     )
 
 
-def end_lines(config: TrainConfig, result: FitResult) -> list[str]:
+def end_lines(config: TrainConfig, base: Base, result: FitResult) -> list[str]:
     """Where the result is and the commands that use it."""
     folder = Path(config.output.proj_dir)
     loss = "" if result.final_loss is None else f", loss {result.final_loss:.4f}"
@@ -77,13 +77,16 @@ def end_lines(config: TrainConfig, result: FitResult) -> list[str]:
     if newest is None:
         return lines
     lines.append(f"result    {newest}")
-    base = config.model.load_model
+    model = base.path
     if _kind(config) == "none" or config.method.merge:
         lines.append(f"try it    python -m rwkvpeft.generate --model {newest} --prompt '...'")
         return lines
     option = "--state" if _kind(config) == "state" else "--adapter"
-    lines.append(f"try it    python -m rwkvpeft.generate --model {base} {option} {newest} --prompt '...'")
-    lines.append(f"merge it  python merge.py --base_model {base} --checkpoint {newest} --output MERGED.pth")
+    lines.append(f"try it    python -m rwkvpeft.generate --model {model} {option} {newest} --prompt '...'")
+    if base.packed.quant != "none":
+        # merging needs the weights that this file was made of
+        model = "ORIGINAL.pth"
+    lines.append(f"merge it  python merge.py --base_model {model} --checkpoint {newest} --output MERGED.pth")
     return lines
 
 

@@ -53,7 +53,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.preview import preview
     from rwkvpeft.training.fit import fit
     from rwkvpeft.training.optimizers.contract import find_optimizer
-    from rwkvpeft.training.strategies import find_device
+    from rwkvpeft.training.strategies import find_device, trainer_arguments
 
     seed = config.runtime.random_seed
     base = assemble.open_base(config.model)
@@ -62,6 +62,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     operator, more = assemble.choose_operator(base.shape, config.runtime)
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
+    trainer_arguments(config.runtime)
     assemble.check_fits(base, config)
     assert config.data.ctx_len is not None
     dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
@@ -82,7 +83,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", config)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say)
-    for line in report.end_lines(config, result):
+    for line in report.end_lines(config, base, result):
         _say(line)
     return 0
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
+from rwkvpeft.checkpoints.files import fingerprint
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
@@ -150,7 +151,9 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "quant_double": recipe.quant_double,
         "quant_head": recipe.quant_head,
         "train_parts": recipe.train_parts,
+        "adapter": _stamp(Path(config.method.adapter)),
         "dropout": config.method.dropout,
+        "precision": runtime.precision,
         "devices": runtime.devices,
         "num_nodes": runtime.num_nodes,
         "random_seed": runtime.random_seed,
@@ -170,8 +173,13 @@ def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
 def _data_stamp(data_file: str) -> str:
     for path in (Path(data_file), Path(f"{data_file}.bin")):
         if path.is_file():
-            return f"{path.name}, {path.stat().st_size} bytes"
+            return _stamp(path)
     return data_file
+
+
+def _stamp(path: Path) -> str:
+    """A file's name and what tells it from others of its size."""
+    return f"{path.name}, {path.stat().st_size} bytes, {fingerprint(path)[:8]}" if path.is_file() else path.name
 
 
 def _plan(config: TrainConfig, data: TrainingData) -> RunPlan:

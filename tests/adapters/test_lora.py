@@ -48,7 +48,7 @@ def adapted(model: nn.Module) -> list[str]:
 )
 def test_targets_are_ends_of_paths(targets, expected):
     model = Blocks()
-    LoraAdapter(LoraConfig(target_modules=targets)).attach(model)
+    LoraAdapter(LoraConfig(r=4, target_modules=targets)).attach(model)
     assert len(adapted(model)) == expected
 
 
@@ -102,3 +102,8 @@ def test_short_names_of_alpha_and_dropout_are_understood():
     assert (config.r, config.lora_alpha, config.lora_dropout, config.scaling(4)) == (4, 16, 0.1, 4)
     with pytest.raises(UserError, match="twice"):
         LoraAdapter.from_settings({"alpha": 16, "lora_alpha": 32})
+
+
+def test_a_rank_larger_than_the_matrix_is_refused():
+    with pytest.raises(UserError, match="larger than"):
+        LoraAdapter(LoraConfig(r=9)).make_layer("blocks.0.att.key", nn.Linear(8, 16, bias=False))
