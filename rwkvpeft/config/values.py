@@ -120,6 +120,8 @@ def _word_list(spec: FlagSpec, words: list[str]) -> list[str]:
     for word in listed:
         if spec.choices and word not in spec.choices:
             raise _not_offered(spec, word)
+    if "none" in listed and len(listed) > 1:
+        raise UserError(f"{spec.option} takes none alone", found=listed, fix=f"{spec.option} none")
     return [] if listed == ["none"] else listed
 
 

@@ -174,3 +174,8 @@ def test_help_for_a_method_does_not_import_torch(method):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--peft_config of --peft" in done.stdout
+
+
+def test_none_beside_other_words_is_refused():
+    with pytest.raises(UserError, match="none alone"):
+        parse_train(["--train_parts", "none", "time"])
