@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 def open_fold(item: MergeInput) -> Fold:
     """Read an adapter.
 
-    Raises: UserError if it is broken, or a fully trained model.
+    Raises: UserError if it is broken, a fully trained model, or PiSSA's start values alone.
     """
     tensors, beside = load_adapter(item.path)
     recipe = item.recipe or beside or infer_recipe(tensors, str(item.path))
@@ -65,6 +65,9 @@ def open_fold(item: MergeInput) -> Fold:
     if item.initial is not None:
         tensors = {**load_tensors(item.initial), **tensors}
     tensors = method.take_constants(method.rename(tensors))
+    if not tensors:
+        raise UserError(f"{item.path} holds only PiSSA's start values, no adapter",
+                        fix="give the adapter that training wrote beside it, such as rwkv-0.pth")
     return Fold(item.path, item.weight, recipe, method, tensors)
 
 

@@ -13,23 +13,28 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
+_REQUIREMENTS = ("torch", "numpy", "pytorch_lightning", "yaml", "tqdm", "pyrwkv_tokenizer")
+
 
 def guarded(body: Callable[[], int], debug: bool = False) -> int:
     """Run a command's body and return the exit code of the process.
 
-    A ``UserError`` is printed to standard error and gives 2, with its traceback when ``debug`` is set. Ctrl-C gives
-    130. A reader that has gone away (``| head``) ends the command quietly with 141. ``SystemExit`` gives its own code.
+    A ``UserError`` is printed to standard error and gives 2, with its traceback when ``debug`` is set; so does a
+    requirement of this package that is not installed. Ctrl-C gives 130. A reader that has gone away (``| head``) ends
+    the command quietly with 141. ``SystemExit`` gives its own code.
     Any other exception is a defect and passes through with its traceback.
     """
     try:
         code = body()
         sys.stdout.flush()
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(error.render(), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _refuse(error, debug)
+    except ModuleNotFoundError as missing:
+        module = (missing.name or "").partition(".")[0]
+        if module not in _REQUIREMENTS or missing.name != module:
+            raise
+        fix = "source .venv/bin/activate, or pip install -e ."
+        return _refuse(UserError(f"{module} is not installed for this Python", found=sys.executable, fix=fix), debug)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -40,6 +45,15 @@ def guarded(body: Callable[[], int], debug: bool = False) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else EXIT_USER_ERROR
     return code
+
+
+def _refuse(error: UserError, debug: bool) -> int:
+    """Print a message, or the traceback of the exception that is being handled; returns the exit code."""
+    if debug:
+        traceback.print_exc()
+    else:
+        print(error.render(), file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def _discard_output() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rwkvpeft.checkpoints.fold import MergeInput
 
 DEFAULT_ALPHA = 32
+_FORMAT_OF_ENDING = {".pth": "pth", ".safetensors": "safetensors", ".st": "safetensors"}
 _CHECKPOINTS = ("checkpoint", "lora_checkpoint", "peft_checkpoint", "state_checkpoint")
 
 
@@ -67,6 +68,7 @@ def _run(arguments: list[str]) -> int:
         type_ = "pissa"
     adapters = _adapters(flags, type_)
     weights = _weights(flags, len(adapters))
+    format = _format(flags.format, flags.output)
     if initial is not None and len(adapters) > 1:
         raise UserError("--lora_init belongs to one adapter", found=f"{len(adapters)} adapters",
                         fix="merge the one that lacks its start values alone")
@@ -81,7 +83,6 @@ def _run(arguments: list[str]) -> int:
     if flags.lora_alpha is not None and not any(item.recipe and "lora_alpha" in item.recipe.config for item in inputs):
         raise UserError("--lora_alpha has no effect: none of the adapters is LoRA", found=flags.lora_alpha,
                         fix="leave --lora_alpha out")
-    format = flags.format or ("safetensors" if flags.output.endswith((".safetensors", ".st")) else "pth")
     report = merge_several(
         flags.base_model, _with_quant(inputs, flags.quant), flags.output, format=format, device=flags.device
     )
@@ -94,15 +95,34 @@ def _run(arguments: list[str]) -> int:
 
 
 def _adapters(flags: argparse.Namespace, type_: str) -> dict[str, str]:
-    """The adapter files in the order given, with the method that the flags name for each; ``none`` if none."""
+    """The adapter files in the order given, with the method that the flags name for each; ``none`` if none.
+
+    Several flags may name the same file, which is merged once.
+    Raises: UserError if there is none, or one flag names the same file twice.
+    """
     paths: dict[str, str] = {}
+    spelled: dict[Path, str] = {}
     for name in _CHECKPOINTS:
         given = getattr(flags, name) or []
-        for path in [given] if isinstance(given, str) else given:
-            paths[path] = "state" if name == "state_checkpoint" else type_
+        files = [given] if isinstance(given, str) else given
+        places = [Path(path).resolve() for path in files]
+        if twice := [path for path, place in zip(files, places, strict=True) if places.count(place) > 1]:
+            raise UserError(f"--{name} names the same file more than once", found=twice,
+                            fix="name it once, with --weights 2 to add it twice")
+        for path, place in zip(files, places, strict=True):
+            paths[spelled.setdefault(place, path)] = "state" if name == "state_checkpoint" else type_
     if not paths:
         raise UserError("no adapter is given", fix="--checkpoint FILE")
     return paths
+
+
+def _format(format: str | None, output: str) -> str:
+    """The kind of file to write: as ``--format`` says, which the output's ending must not contradict."""
+    by_ending = _FORMAT_OF_ENDING.get(Path(output).suffix)
+    if format in _FORMAT_OF_ENDING.values() and by_ending not in (None, format):
+        raise UserError(f"--format {format} contradicts the ending of --output", found=output,
+                        fix=f"leave --format out, or --output {Path(output).with_suffix('.' + str(format))}")
+    return format or by_ending or "pth"
 
 
 def _weights(flags: argparse.Namespace, count: int) -> list[float]:

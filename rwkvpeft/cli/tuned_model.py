@@ -16,7 +16,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="FILE", help="base or merged model, a .pth file")
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--adapter", metavar="FILE", help="LoRA adapter to apply without merging")
+    either.add_argument("--adapter", metavar="FILE|FOLDER",
+                        help="adapter of any method to apply without merging: a .pth file or a Hugging Face folder")
     either.add_argument("--state", metavar="FILE", help="tuned state to start from")
     group.add_argument("--tokenizer", metavar="NAME|FILE",
                        help="world, bytes, utf-16le or a vocabulary file (default: the adapter's, else bytes for "

@@ -31,6 +31,18 @@ def test_debug_shows_the_traceback(capsys):
     assert "no such file" in errors
 
 
+def test_a_requirement_that_is_not_installed_is_one_message_and_code_2(capsys):
+    assert guarded(fail_with(ModuleNotFoundError("No module named 'torch'", name="torch"))) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: torch is not installed")
+    assert "pip install -e ." in errors
+
+
+def test_another_module_that_is_missing_keeps_its_traceback():
+    with pytest.raises(ModuleNotFoundError):
+        guarded(fail_with(ModuleNotFoundError("No module named 'rwkvpeft.x'", name="rwkvpeft.x")))
+
+
 def test_an_interrupt_gives_130():
     assert guarded(fail_with(KeyboardInterrupt())) == 130
 

@@ -92,6 +92,19 @@ def test_pissas_start_values_are_taken_out_of_the_base(folder, type_):
     assert merged_key(folder) == 2 - 0.5
 
 
+def test_start_values_alone_are_no_adapter(folder, capsys):
+    start = {"blocks.0.att.key.init_lora_A": torch.ones(2, 6), "blocks.0.att.key.init_lora_B": torch.ones(6, 2)}
+    save_tensors(folder / "s.pth", start)
+    assert run(folder, "--checkpoint", "s.pth") == 2
+    assert "holds only PiSSA's start values, no adapter" in capsys.readouterr().err
+    assert not (folder / "out.pth").exists()
+
+
+def test_a_file_that_several_flags_name_is_merged_once(folder):
+    assert run(folder, "--lora_checkpoint", "a.pth", "--peft_checkpoint", "a.pth", "--lora_alpha", "2") == 0
+    assert merged_key(folder) == 2
+
+
 def quantised_lora(folder: Path, quant: str) -> torch.Tensor:
     """Write the adapter as trained on a base in that format; returns the base's matrix after quantising."""
     torch.manual_seed(1)
@@ -144,6 +157,9 @@ def test_the_outputs_ending_chooses_the_format(folder):
         (["--checkpoint", "s.pth", "--type", "state", "--lora_init", "a.pth"], "PiSSA"),
         (["--state_checkpoint", "s.pth", "--lora_alpha", "16"], "no effect"),
         (["--checkpoint", "a.pth", "--format", "hf"], "hf"),
+        (["--checkpoint", "a.pth", "--format", "safetensors"], "contradicts the ending"),
+        (["--checkpoint", "a.pth", "--format", "pth", "--output", "out.st"], "contradicts the ending"),
+        (["--checkpoint", "a.pth", "a.pth"], "same file more than once"),
         (["--checkpoint", "a.pth", "--output", "base.pth"], "overwrite"),
     ],
 )
