@@ -8,7 +8,9 @@ method=${2:-lora}
 extras=${extras:-plot,bnb}
 source "$(dirname "${BASH_SOURCE[0]}")/method.sh"
 
-peft_config=${peft_config:-'{"r":32}'}
+default='{"r":32}'
+[[ $method != state ]] || default='{}'
+peft_config=${peft_config:-$default}
 # unquoted below: it holds several flags
 quant_flags=${quant_flags:-}
 

@@ -35,5 +35,6 @@ prepare_library_data() {
     # the shipped model is so small that a second thread hardly helps, and loses much by waiting on a busy machine
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     mkdir -p out/data
-    python make_data.py scripts/data/library.jsonl 1 "$ctx_len" --tokenizer bytes --output out/data/library
+    # the same order each time: an interrupted script goes on with the data it began with
+    python make_data.py scripts/data/library.jsonl 1 "$ctx_len" --seed 1 --tokenizer bytes --output out/data/library
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,9 +52,11 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as reason:
+        # PyTorch's own message advises to open the file all the same
+        thing = re.search(r"GLOBAL ([\w.]+)", str(reason))
         raise UserError(
-            f"{path} holds more than tensors and is not opened",
-            found=str(reason).strip().splitlines()[0],
+            f"{path} holds more than tensors and is not opened" if thing else f"{path} is not a file of tensors",
+            found=thing[1] if thing else None,
             expected="a file of tensors by name, as torch.save(model.state_dict(), path) writes it",
         ) from reason
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as reason:
