@@ -9,7 +9,9 @@ extras=${extras:-plot,bnb}
 source "$(dirname "${BASH_SOURCE[0]}")/method.sh"
 
 default='{"r":32}'
-[[ $method != state ]] || default='{}'
+if [[ $method == state ]]; then
+    default='{}' lr_init=${lr_init:-1} lr_final=${lr_final:-1e-2}
+fi
 peft_config=${peft_config:-$default}
 # unquoted below: it holds several flags
 quant_flags=${quant_flags:-}

@@ -62,7 +62,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as reason:
         raise UserError(
             f"{path} cannot be read as a checkpoint",
-            found=str(reason).strip().splitlines()[0] if str(reason).strip() else "a file cut short",
+            found=_first_line(reason),
             expected="a complete .pth file",
             fix="download or copy it again and compare its size",
         ) from reason
@@ -74,6 +74,14 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     ):
         raise UserError(f"{path} is not a dict of tensors by name", found=type(loaded).__name__)
     return loaded
+
+
+def _first_line(reason: BaseException) -> str:
+    text = str(reason).strip()
+    # PyTorch's own message advises to open the file all the same
+    if "weights_only" in text:
+        return "a program or an archive of an old form"
+    return text.splitlines()[0] if text else "a file cut short"
 
 
 class MappedTensors(Mapping[str, Tensor]):

@@ -222,8 +222,12 @@ def _check_file(option: str, name: str, findings: Findings) -> None:
     path = Path(name)
     if path.is_file():
         return
+    if path.is_dir():
+        findings.add(f"{option} names a folder, not a file", found=name, fix="name a file in it")
+        return
     folder = path.parent
-    there = sorted(item.name for item in folder.glob(f"*{path.suffix}")) if folder.is_dir() else []
+    files = (item for item in folder.glob(f"*{path.suffix}") if item.is_file()) if folder.is_dir() else ()
+    there = sorted(item.name for item in files)
     near = nearest(path.name, there)
     fix = (
         f"{option} {folder / near}" if near else "check the path" if folder.is_dir() else f"there is no folder {folder}"

@@ -229,3 +229,9 @@ def test_a_run_goes_on_only_on_the_base_it_began_with_quantised_as_it_was(train)
 
 def test_an_optimizer_that_this_machine_cannot_run(mistake):
     assert "--optim adam8bit" in mistake("--optim", "paged_adam8bit")
+
+
+def test_a_folder_given_as_the_model_is_called_a_folder(train, tmp_path):
+    code, _, errors = train("--load_model", tmp_path)
+    assert code == 2
+    assert "names a folder, not a file" in errors
