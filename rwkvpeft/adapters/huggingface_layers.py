@@ -15,6 +15,7 @@ from rwkvpeft.adapters.targets import replace_module
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.layers import Linear
 
+# each of these came out of one tuner or another, given a size or a model it was not written for
 FAILURES = (
     ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AssertionError, AttributeError, KeyError,
     IndexError, ArithmeticError,

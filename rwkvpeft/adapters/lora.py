@@ -8,7 +8,7 @@ DoRA adds ``...key.lora_magnitude_vector`` (out,), Hugging Face peft's name (RWK
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -54,11 +54,10 @@ class LoraLinear(AdaptedLinear):
         return F.linear(thin * self.scaling, self.lora_B.to(x.dtype))
 
 
-def check_rank(method: str, rank: int, path: str, base: nn.Linear) -> None:
+def check_rank(method: str, rank: int, path: str, shape: Sequence[int]) -> None:
     """Raises: UserError if a product of that rank would have more numbers than it can tell apart."""
-    most = min(base.in_features, base.out_features)
-    if rank > most:
-        raise UserError(f"{method}'s r is larger than {path}", found=rank, expected=f"up to {most}")
+    if rank > min(shape):
+        raise UserError(f"the r of {method} is larger than {path}", found=rank, expected=f"up to {min(shape)}")
 
 
 class LoraAdapter(LinearAdapter):
@@ -68,13 +67,14 @@ class LoraAdapter(LinearAdapter):
     Config = LoraConfig
     aliases: ClassVar[Mapping[str, str]] = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
     parts_of_linear: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    layer: ClassVar[type[LoraLinear]] = LoraLinear
     config: LoraConfig
 
     def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
         """See ``LinearAdapter.make_layer``."""
         config = self.config
-        check_rank("LoRA", config.r, path, base)
-        return LoraLinear(base, config.r, config.scaling(config.r), float(config.lora_dropout))
+        check_rank(self.name, config.r, path, (base.out_features, base.in_features))
+        return self.layer(base, config.r, config.scaling(config.r), float(config.lora_dropout))
 
     @classmethod
     def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -131,12 +131,7 @@ class DoraAdapter(LoraAdapter):
     name: ClassVar[str] = "dora"
     parts_of_linear: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
     foreign_parts: ClassVar[Mapping[str, str]] = {"lora_M": "lora_magnitude_vector"}
-
-    def make_layer(self, path: str, base: nn.Linear) -> AdaptedLinear:
-        """See ``LinearAdapter.make_layer``."""
-        config = self.config
-        check_rank("DoRA", config.r, path, base)
-        return DoraLinear(base, config.r, config.scaling(config.r), float(config.lora_dropout))
+    layer: ClassVar[type[LoraLinear]] = DoraLinear
 
     @classmethod
     def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:

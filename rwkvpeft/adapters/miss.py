@@ -94,10 +94,6 @@ class MissAdapter(LinearAdapter):
         shards = _shards(tensors)
         return bool(shards) and all(tensor.dim() == 2 for tensor in shards)
 
-    def file_settings(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See ``LinearAdapter.file_settings``."""
-        return super().file_settings(self.rename(tensors))
-
     def expected_shapes(self, out: int, in_: int, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """See ``LinearAdapter.expected_shapes``. Fewer columns than outputs are MiSS's mini form."""
         shape = tensors["miss"].shape
@@ -160,10 +156,6 @@ class BatAdapter(LinearAdapter):
         """The shards have three axes."""
         shards = _shards(tensors)
         return bool(shards) and all(tensor.dim() == 3 for tensor in shards)
-
-    def file_settings(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See ``LinearAdapter.file_settings``."""
-        return super().file_settings(self.rename(tensors))
 
     def rank_of(self, tensor: Tensor) -> int:
         """The blocks are square."""

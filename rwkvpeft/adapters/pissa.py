@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpeft.adapters.linear import AdaptedLinear, LinearAdapter
-from rwkvpeft.adapters.lora import LoraLinear
+from rwkvpeft.adapters.lora import LoraLinear, check_rank
 from rwkvpeft.adapters.settings import PissaConfig
 from rwkvpeft.adapters.targets import DEFAULT_TARGETS, fits
 from rwkvpeft.errors import ContractError, UserError
@@ -88,8 +88,7 @@ class PissaAdapter(LinearAdapter):
 
     def _decompose(self, path: str, weight: Tensor) -> dict[str, Tensor]:
         rank = self.config.r
-        if rank > min(weight.shape):
-            raise UserError(f"PiSSA's r is larger than {path}", found=rank, expected=f"up to {min(weight.shape)}")
+        check_rank(self.name, rank, path, weight.shape)
         left, values, right = torch.svd_lowrank(weight.float(), q=rank, niter=self.config.svd_niter)
         root = values.sqrt()
         return {"init_lora_A": root.unsqueeze(1) * right.T, "init_lora_B": left * root}

@@ -33,11 +33,6 @@ _EXTRAS = "rwkvpeft.safetensors"
 _ABOUT_THE_FILE = ("peft_version", "base_model_name_or_path", "task_type", "revision", "auto_mapping", "inference_mode")
 
 
-def is_adapter_folder(path: Path | str) -> bool:
-    """Whether ``path`` is a folder with an adapter of Hugging Face peft."""
-    return (Path(path) / CONFIG).is_file()
-
-
 def write_folder(
     folder: Path | str, tensors: Mapping[str, Tensor], recipe: Recipe, *, set_aside: bool = False
 ) -> Foreign:

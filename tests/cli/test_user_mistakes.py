@@ -178,7 +178,7 @@ def test_a_layer_profile_that_is_not_there(mistake, tmp_path):
 
 def test_a_rank_that_the_matrices_do_not_have(mistake):
     text = mistake("--peft", "pissa", "--peft_config", '{"r": 64}')
-    assert "PiSSA's r is larger than" in text
+    assert "the r of pissa is larger than" in text
 
 
 def test_settings_a_method_does_not_take(mistake):
