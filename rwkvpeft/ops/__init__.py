@@ -9,12 +9,14 @@ from torch import Tensor
 
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs, Wkv, wants_grad
+from rwkvpeft.ops.sequences import Sequences
 
-__all__ = ["wkv5", "wkv6", "wkv7"]
+__all__ = ["Sequences", "wkv5", "wkv6", "wkv7"]
 
 
 def wkv5(
-    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, op: str = "auto"
+    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None,
+    sequences: Sequences | None = None, op: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read and update a per-head memory that decays at a fixed rate per key channel.
 
@@ -25,6 +27,8 @@ def wkv5(
         w: (H, N), any value; the decay is d = exp(-exp(w)).
         u: (H, N), the bonus of the token being read.
         state: S before the first token, (B, H, N, N), may be expanded; None means zeros.
+        sequences: those that lie one behind another in the one row (B = 1) of a call; each starts from a state of its
+            own, so that states are (S, H, N, N), before and after.
         op: the backend, see ``registry.BACKENDS``.
     Returns:
         y, (B, T, H, N) in the dtype of ``v``, and S after the last token, float32 (float64 if an input is).
@@ -33,11 +37,12 @@ def wkv5(
         UserError: ``op`` cannot run. ContractError: shapes or devices disagree.
     Source: "Eagle and Finch" (arXiv 2404.05892), Eagle time mixing.
     """
-    return _backend("wkv5", op, v, r, w, k, u, state)(r=r, w=w, k=k, v=v, u=u, state=state)
+    return _backend("wkv5", op, v, r, w, k, u, state)(r=r, w=w, k=k, v=v, u=u, state=state, sequences=sequences)
 
 
 def wkv6(
-    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, op: str = "auto"
+    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None,
+    sequences: Sequences | None = None, op: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read and update a per-head memory whose decay depends on the token.
 
@@ -45,7 +50,7 @@ def wkv6(
 
     Source: "Eagle and Finch" (arXiv 2404.05892), Finch time mixing.
     """
-    return _backend("wkv6", op, v, r, w, k, u, state)(r=r, w=w, k=k, v=v, u=u, state=state)
+    return _backend("wkv6", op, v, r, w, k, u, state)(r=r, w=w, k=k, v=v, u=u, state=state, sequences=sequences)
 
 
 def wkv7(
@@ -57,6 +62,7 @@ def wkv7(
     a: Tensor,
     b: Tensor,
     state: Tensor | None = None,
+    sequences: Sequences | None = None,
     op: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read and update a per-head memory that decays, forgets along ``a`` and writes back along ``b``.
@@ -66,12 +72,12 @@ def wkv7(
     Args:
         r, k, v, a, b: (B, T, H, N) in any floating dtype and layout; in the model a = -κ and b = κ ⊙ gate, |κ| = 1.
         w: (B, T, H, N), the raw decay logit, unbounded: d = exp(-exp(-softplus(-w) - 0.5)), in (0.545, 1).
-        state, op: as for ``wkv5``.
+        state, sequences, op: as for ``wkv5``.
     Returns: y and the state after the last token, as ``wkv5``.
     Raises: as ``wkv5``.
     Source: "RWKV-7 Goose" (arXiv 2503.14456), time mixing.
     """
-    return _backend("wkv7", op, v, r, w, k, a, b, state)(r=r, w=w, k=k, v=v, a=a, b=b, state=state)
+    return _backend("wkv7", op, v, r, w, k, a, b, state)(r=r, w=w, k=k, v=v, a=a, b=b, state=state, sequences=sequences)
 
 
 def _backend(operator: str, op: str, value: Tensor, *others: Tensor | None) -> Wkv:

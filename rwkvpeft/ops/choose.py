@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rwkvpeft.errors import UserError
 from rwkvpeft.ops.contract import Backend, Needs, Wkv
+from rwkvpeft.ops.sequences import taking_sequences
 from rwkvpeft.registry import BACKENDS, find
 
 ABSENT = {
@@ -61,7 +62,7 @@ def choose_backend(operator: str, op: str, needs: Needs) -> Choice:
 
 def _choice(operator: str, name: str, why: str) -> Choice:
     backend: Backend = find(BACKENDS[operator], name, flag="--op")
-    return Choice(backend.run, f"{operator}: {name}, {backend.summary} ({why})")
+    return Choice(taking_sequences(operator, backend), f"{operator}: {name}, {backend.summary} ({why})")
 
 
 def _passed_over(taken: str, objections: dict[str, list[str]]) -> str:

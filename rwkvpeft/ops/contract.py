@@ -70,12 +70,14 @@ class Backend:
         summary: a few words on what it is, for the start report.
         run: the operator, keyword-only, without ``op``.
         supports: which runs it can serve.
+        packed: whether ``run`` takes ``sequences`` itself; others are run on each sequence alone.
     """
 
     name: str
     summary: str
     run: Wkv
     supports: Supports
+    packed: bool = False
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -1,0 +1,106 @@
+"""Sequences of unequal length that lie one behind another in one row of tokens.
+
+Letters: S sequences, T tokens of the row, H heads, N head size, L tokens in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rwkvpeft.errors import ContractError
+from rwkvpeft.ops.contract import Backend, Wkv
+
+_ALONG_TOKENS = 4  # axes of a tensor with one entry for each token, (1, T, H, N)
+
+
+class Sequences:
+    """Where each sequence of a packed row lies. The lengths are known to the host, so that no kernel waits for them.
+
+    Args:
+        lengths: tokens of each sequence; zero is allowed.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(int(length) for length in lengths)
+        if any(length < 0 for length in self.lengths) or not self.lengths:
+            raise ContractError(f"sequences of {self.lengths} tokens")
+        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each sequence starts, and where the last one ends: S + 1 positions."""
+        positions = [0]
+        for length in self.lengths:
+            positions.append(positions[-1] + length)
+        return tuple(positions)
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of all sequences."""
+        return self.offsets[-1]
+
+    def chunk_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How chunks of ``length`` tokens lie in the row, none of them in two sequences.
+
+        Returns: ``chunks`` int32 (n, 3): sequence, first token, tokens (at most ``length``); and ``first`` int32
+            (S + 1,): the first chunk of each sequence, and n. A sequence without tokens has no chunk.
+        """
+        key = (length, device)
+        if key not in self._tables:
+            chunks = []
+            first = [0]
+            for sequence, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+                chunks += [(sequence, token, min(length, stop - token)) for token in range(start, stop, length)]
+                first.append(len(chunks))
+            self._tables[key] = (
+                torch.tensor(chunks, dtype=torch.int32, device=device).reshape(-1, 3),
+                torch.tensor(first, dtype=torch.int32, device=device),
+            )
+        return self._tables[key]
+
+    def check(self, operator: str, value: Tensor, state: Tensor | None) -> None:
+        """Check that a call's tensors are a row of these sequences.
+
+        Args:
+            value: must be (1, T, H, N).
+            state: must be (S, H, N, N) or None.
+        Raises: ContractError otherwise.
+        """
+        if value.shape[0] != 1 or value.shape[1] != self.tokens:
+            raise ContractError(f"{operator}: packed rows are (1, {self.tokens}, H, N), found {tuple(value.shape)}")
+        if state is not None and state.shape[0] != len(self.lengths):
+            raise ContractError(f"{operator}: {len(self.lengths)} sequences need as many states, found {len(state)}")
+
+
+def taking_sequences(operator: str, backend: Backend) -> Wkv:
+    """The backend's operator, with ``sequences`` as one more argument, None for rows of one sequence each."""
+
+    def run(*, sequences: Sequences | None = None, state: Tensor | None, **operands: Tensor) -> tuple[Tensor, Tensor]:
+        if sequences is None:
+            return backend.run(**operands, state=state)
+        sequences.check(operator, operands["v"], state)
+        if backend.packed:
+            return backend.run(**operands, state=state, sequences=sequences)
+        return _run_apart(backend.run, sequences, state, operands)
+
+    return run
+
+
+def _run_apart(
+    run: Wkv, sequences: Sequences, state: Tensor | None, operands: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run an operator that knows no packed rows on each sequence alone."""
+    read, states = [], []
+    for index, (start, stop) in enumerate(zip(sequences.offsets, sequences.offsets[1:], strict=False)):
+        own = {
+            name: tensor[:, start:stop] if tensor.dim() == _ALONG_TOKENS else tensor
+            for name, tensor in operands.items()
+        }
+        y, after = run(**own, state=None if state is None else state[index : index + 1])
+        read.append(y)
+        states.append(after)
+    return torch.cat(read, 1), torch.cat(states)
