@@ -31,6 +31,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.memory import check_memory
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape, read_shape
+from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
@@ -93,25 +94,32 @@ def open_base(config: ModelConfig) -> Base:
     return Base(config.load_model, shape, tensors, outline, quantisation_of(packed))
 
 
-def choose_operator(shape: ModelShape, runtime: RuntimeConfig) -> tuple[Choice, list[str]]:
-    """The program for the WKV recurrence, and remarks, one line each.
+def choose_operator(shape: ModelShape, config: TrainConfig) -> tuple[Choice, list[str]]:
+    """The program for the WKV recurrence, and remarks, one line each. On a GPU it is measured at the run's sizes.
 
     Raises: UserError if ``--op`` names one that cannot run this job.
     """
-    operator = operator_of(shape)
+    runtime, operator = config.runtime, operator_of(shape)
+    device = local_device(runtime)
     needs = Needs(
-        device_type=find_device(runtime),
+        device_type=device.type,
         dtype=COMPUTE_DTYPES[runtime.precision or "fp32"],
         head_size=shape.head_size,
         training=True,
+        batch=config.schedule.micro_bsz,
+        tokens=config.data.ctx_len or 0,
+        heads=shape.n_head,
     )
+    bench = Bench.of(device) if device.type == "cuda" else None
+    remarks: list[str] = []
+    choice: Choice | None = None
     if runtime.fla and runtime.op == "auto":
         try:
-            return choose_backend(operator, "fla", needs), []
+            choice = choose_backend(operator, "fla", needs, bench)
         except UserError as reason:
-            remark = f"--fla: {reason.what}; what --op auto takes is used instead"
-        return choose_backend(operator, "auto", needs), [remark]
-    return choose_backend(operator, runtime.op, needs), []
+            remarks.append(f"--fla: {reason.what} ({reason.found}); what --op auto takes is used instead")
+    choice = choice or choose_backend(operator, runtime.op, needs, bench)
+    return choice, [*remarks, *(choice.listing if runtime.debug else ())]
 
 
 def make_adapter(method: MethodConfig, shape: ModelShape) -> Adapter | None:

@@ -2,7 +2,7 @@
 
 No weight is read: a checkpoint's header tells its sizes. Without a checkpoint they are given by --my_testing,
 --n_layer, --n_embd and --vocab_size. Further flag: --gpu_memory GB plans for a GPU with so much memory; otherwise it is
-this machine.
+this machine. With --debug every program for the WKV recurrence is listed, with its time or why it cannot run here.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def _plan(words: list[str]) -> int:
     shape, packed = _sizes(config.model)
     for line in [*remarks, *_lines(shape, packed, config, machine.device_type, available)]:
         print(line)
+    if config.runtime.debug and memory is None:
+        from rwkvpeft.cli.assemble import choose_operator
+
+        choice, more = choose_operator(shape, config)
+        print("\n".join([f"operator: {choice.report}", *more]))
     return 0
 
 

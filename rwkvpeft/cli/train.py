@@ -59,7 +59,6 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     base = assemble.open_base(config.model)
     adapter = assemble.make_adapter(config.method, base.shape)
     assemble.check_merge(base, config.method, adapter)
-    operator, more = assemble.choose_operator(base.shape, config.runtime)
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
     trainer_arguments(config.runtime)
@@ -76,6 +75,8 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     point = _check_resume(config, recipe, data)
     if point is not None and adapter is not None:
         adapter.take_constants(point.constants())
+    # on a GPU this compiles and measures: after everything that may be refused at once
+    operator, more = assemble.choose_operator(base.shape, config)
     model = assemble.build_for_training(base, config, operator, adapter, start)
     for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator)]:
         _say(line)

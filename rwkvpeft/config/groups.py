@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkvpeft.config.flags import flag
-from rwkvpeft.registry import ADAPTERS, FORMATS, OPTIMIZERS
+from rwkvpeft.registry import ADAPTERS, BACKENDS, FORMATS, OPTIMIZERS
+
+_PROGRAMS = ", ".join(dict.fromkeys(name for row in BACKENDS.values() for name in row))
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,15 @@ class RuntimeConfig:
     grad_cp: int = flag(0, help="1: recompute activations in backward, less memory, more time", choices=("0", "1"))
     op: str = flag(
         "auto",
-        help="which program computes the WKV recurrence; auto: the fastest that can; any other: that or an error",
+        help="which program computes the WKV recurrence; auto: the fastest that can, measured on a GPU; any other: that "
+        f"or an error ({_PROGRAMS})",
         metavar="NAME",
     )
     fla: bool = flag(False, help="take flash-linear-attention where it can run, otherwise what --op auto takes")
     random_seed: int = flag(-1, help="seed of data order, initial values and dropout; -1: a new one, printed")
-    debug: bool = flag(False, help="show the traceback of a user error")
+    debug: bool = flag(
+        False, help="show the traceback of a user error, and why each program for the WKV recurrence is taken or not"
+    )
 
 
 @dataclass(frozen=True)

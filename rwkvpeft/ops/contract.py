@@ -27,12 +27,21 @@ class Needs:
         dtype: of the activations.
         head_size: N.
         training: whether gradients are needed.
+        batch, tokens, heads: B, T and H of a call, on which speed depends; 0 where they are not known.
     """
 
     device_type: str
     dtype: torch.dtype
     head_size: int
     training: bool
+    batch: int = 0
+    tokens: int = 0
+    heads: int = 0
+
+    @property
+    def groups(self) -> int:
+        """B·H, the recurrences that can run side by side; 0 where it is not known."""
+        return self.batch * self.heads
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class Backend:
         run: the operator, keyword-only, without ``op``.
         supports: which runs it can serve.
         packed: whether ``run`` takes ``sequences`` itself; others are run on each sequence alone.
+        waits_for: what must still be done before it can run, which asking for it by name does and ``auto`` does not;
+            empty when nothing.
     """
 
     name: str
@@ -78,6 +89,7 @@ class Backend:
     run: Wkv
     supports: Supports
     packed: bool = False
+    waits_for: Callable[[], str] = str
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

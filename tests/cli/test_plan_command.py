@@ -78,3 +78,10 @@ def test_help_shows_the_flags_of_training(plan):
     assert code == 0
     assert "--gpu_memory" in out
     assert "--grad_cp" in out
+
+
+def test_debugging_lists_every_program_for_the_recurrence(plan):
+    code, out, _ = plan(*SIZES, "--accelerator", "cpu", "--debug")
+    assert code == 0
+    assert "operator: wkv7 by torch" in out
+    assert "wkv7 by reference: one token at a time" in out

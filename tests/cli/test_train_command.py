@@ -78,7 +78,7 @@ def test_the_settings_of_a_run_can_be_fed_back(train, tmp_path):
 
 def test_the_start_report_names_what_runs(train):
     _, output, _ = train("--peft", "lora")
-    for words in ("RWKV x070", "LoRA", "operator", "wkv7: torch", "12 documents"):
+    for words in ("RWKV x070", "LoRA", "operator", "wkv7 by torch", "12 documents"):
         assert words in output
 
 

@@ -127,7 +127,7 @@ def test_going_on_from_upstreams_pissa_files(tiny_model, binidx_prefix, tmp_path
 def test_a_switch_for_an_absent_program_is_followed_aloud(train):
     _, output, _ = train("--train_type", "state", "--fla")
     assert "--fla: --op fla cannot run" in output
-    assert "wkv7: torch" in output
+    assert "wkv7 by torch" in output
 
 
 def test_a_program_asked_for_by_name_is_never_replaced(train):

@@ -1,0 +1,148 @@
+"""What choosing a backend wants of the GPU at hand, and what it remembers of earlier runs there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from rwkvpeft.atomic import write_whole
+from rwkvpeft.errors import UserError
+from rwkvpeft.ops.contract import Backend, Needs
+from rwkvpeft.ops.trial import complaint, errors_of, milliseconds
+
+_PACKAGES = ("torch", "triton", "flash-linear-attention", "rwkvpeft")
+"""Whose versions speed depends on."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A GPU on which backends are tried and timed. Tests put functions of their own in place of the measuring ones.
+
+    Args:
+        device: its name, e.g. ``"NVIDIA H200"``.
+        processors: its streaming multiprocessors.
+        errors: the relative errors of a backend there, as ``trial.errors_of``; raises whatever the backend raises.
+        milliseconds: the time of a backend there, as ``trial.milliseconds``; raises likewise.
+        memory: the file that keeps times from one run to the next; None keeps nothing.
+    """
+
+    device: str
+    processors: int
+    errors: Callable[[str, Backend, Needs], Mapping[str, float]] = field(hash=False)
+    milliseconds: Callable[[str, Backend, Needs], float] = field(hash=False)
+    memory: Path | None = None
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> Bench:
+        """The bench of a CUDA device."""
+
+        def errors(operator: str, backend: Backend, needs: Needs) -> Mapping[str, float]:
+            with torch.cuda.device(device):
+                return errors_of(backend.run, operator, needs, device)
+
+        def timed(operator: str, backend: Backend, needs: Needs) -> float:
+            try:
+                with torch.cuda.device(device):
+                    return milliseconds(backend.run, operator, needs, device)
+            finally:
+                # the model comes next and may need all of it
+                torch.cuda.empty_cache()
+
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.name, properties.multi_processor_count, errors, timed, memory_file())
+
+    def objection(self, operator: str, backend: Backend, needs: Needs, slack: float = 1.0) -> str:
+        """Why ``backend`` cannot be used here although it says so; empty when its results are right.
+
+        Args:
+            slack: errors up to so many times the limits are excused.
+        Raises: UserError of a backend that can say itself what is wrong.
+        """
+        try:
+            return complaint(self.errors(operator, backend, needs), needs.dtype, slack)
+        except UserError:
+            raise
+        except Exception as reason:  # noqa: BLE001 a program that fails on this GPU may fail in any way
+            return first_line(reason)
+
+    def remembered(self, operator: str, names: Iterable[str], needs: Needs) -> dict[str, float] | None:
+        """What an earlier run measured when it had these backends to choose from; None if none has."""
+        return read_times(self.memory).get(self._key(operator, names, needs))
+
+    def times(self, operator: str, backends: Mapping[str, Backend], needs: Needs) -> dict[str, float]:
+        """Milliseconds a layer by backend, measured now; those that fail at this size are left out."""
+        found = {}
+        for name, backend in backends.items():
+            try:
+                found[name] = self.milliseconds(operator, backend, needs)
+            except Exception:  # noqa: BLE001 most likely too little memory at this size: the others go on
+                continue
+        return found
+
+    def remember(self, operator: str, names: Iterable[str], needs: Needs, times: Mapping[str, float]) -> None:
+        """Keep times for runs that have the backends ``names`` to choose from."""
+        if times and self.memory is not None:
+            keep_times(self.memory, self._key(operator, names, needs), times)
+
+    def _key(self, operator: str, names: Iterable[str], needs: Needs) -> str:
+        versions = [f"{package} {_version(package)}" for package in _PACKAGES]
+        sizes = [f"B*H {_bucket(needs.groups)}", f"T {_bucket(needs.tokens)}", f"N {needs.head_size}"]
+        return ", ".join([self.device, *versions, operator, str(needs.dtype), *sizes, "/".join(sorted(names))])
+
+
+def first_line(reason: BaseException) -> str:
+    """What an exception says, short enough for a line of a report."""
+    lines = str(reason).strip().splitlines()
+    return f"{type(reason).__name__}: {lines[0][:160]}" if lines else type(reason).__name__
+
+
+def memory_file() -> Path:
+    """Where times are kept: in the user's own cache folder."""
+    home = Path.home()
+    if sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return folder / "rwkvpeft" / "wkv-times.json"
+
+
+def read_times(path: Path | None) -> dict[str, dict[str, float]]:
+    """Milliseconds by key and backend; nothing if the file is missing or not whole."""
+    if path is None:
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {key: {name: float(time) for name, time in times.items()} for key, times in kept.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def keep_times(path: Path, key: str, times: Mapping[str, float]) -> None:
+    """Add one entry to the file. A folder that cannot be written is no fault: the next run measures again."""
+    kept = {**read_times(path), key: dict(times)}
+    text = json.dumps(kept, indent=1)
+    try:
+        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except UserError:
+        return
+
+
+def _bucket(number: int) -> int:
+    """The next power of two: speed hardly differs between."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
