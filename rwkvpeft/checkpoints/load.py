@@ -14,6 +14,8 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv, Wkv
 from rwkvpeft.models.names import is_large_linear, is_state
 from rwkvpeft.models.shape import ModelShape, read_shape
+from rwkvpeft.ops.block.contract import BlockOps
+from rwkvpeft.ops.block.plain import PLAIN
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.quantization.linear import QuantizedLinear
@@ -33,6 +35,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     op: str = "auto",
     head_size_divisor: float = 8,
+    block_ops: BlockOps = PLAIN,
     quantiser: Quantiser | None = None,
     prepare: Prepare | None = None,
 ) -> Rwkv:
@@ -45,6 +48,7 @@ def load_model(
         dtype: dtype of weights and activations; None keeps the file's.
         op: backend of the WKV operator, see ``rwkvpeft.ops``.
         head_size_divisor: group-norm eps after the time mixing is 1e-5 times its square; files do not tell it.
+        block_ops: what computes the rest of a block.
         quantiser: stores the large linears in fewer bits, each as it is read; None leaves them as the file has them.
         prepare: changes the large linears and the head before that.
     Returns: the model in evaluation mode, a merged ``time_state`` in place.
@@ -57,15 +61,16 @@ def load_model(
         dtype = tensors.outline["emb.weight"].dtype
     needs = Needs(device_type=torch.device(device).type, dtype=dtype, head_size=shape.head_size, training=False)
     wkv = choose_backend(_OPERATORS[shape.version], op, needs).run
-    model = build_model(shape, wkv, head_size_divisor=head_size_divisor)
+    model = build_model(shape, wkv, head_size_divisor=head_size_divisor, block_ops=block_ops)
     fill_model(model, tensors, device=device, dtype=dtype, source=str(path), quantiser=quantiser, prepare=prepare)
     return model.eval()
 
 
-def build_model(shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> Rwkv:
+def build_model(shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8, block_ops: BlockOps = PLAIN) -> Rwkv:
     """A model of that shape without values: its parameters hold no memory until ``fill_model`` puts tensors there."""
     with torch.device("meta"):
-        model: Rwkv = find(MODELS, shape.version, flag="--my_testing")(shape, wkv, head_size_divisor=head_size_divisor)
+        version: type[Rwkv] = find(MODELS, shape.version, flag="--my_testing")
+        model = version(shape, wkv, head_size_divisor=head_size_divisor, block_ops=block_ops)
     return model
 
 

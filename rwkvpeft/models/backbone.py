@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkvpeft.models.channel_mix import ChannelMixing
 from rwkvpeft.models.initialise import shared_weights
 from rwkvpeft.models.layers import LayerNorm, Linear
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
+from rwkvpeft.ops.block.contract import BlockOps
+from rwkvpeft.ops.block.plain import PLAIN
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
 
@@ -27,13 +30,17 @@ class TimeMixing(nn.Module):
     time_state: nn.Parameter | None
     shift_state: nn.Parameter | None
 
+    def shift_mixes(self) -> tuple[Tensor | None, ...]:
+        """Shares of the previous token in each mixture that ``forward`` takes, (1, 1, C) each; None for zero."""
+        raise NotImplementedError
+
     def forward(
-        self, x: Tensor, first_value: Tensor | None, state: BlockState
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Mix (B, T, C) along time.
+        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Mix along time what the token shift has mixed, (B, T, C) each.
 
         Returns: the update of the residual stream (B, T, C); layer 0's value, which v7's later layers take part of
-        (None elsewhere); the last token (B, C) and the memory (B, H, N, N) for the next call.
+        (None elsewhere); the memory (B, H, N, N) for the next call.
         """
         raise NotImplementedError
 
@@ -49,8 +56,9 @@ class TimeMixing(nn.Module):
 class Block(nn.Module):
     """Time mixing, then channel mixing, each on a normed copy and added to the residual stream."""
 
-    def __init__(self, shape: ModelShape, layer: int, att: TimeMixing, ffn: nn.Module) -> None:
+    def __init__(self, shape: ModelShape, layer: int, att: TimeMixing, ffn: ChannelMixing, ops: BlockOps) -> None:
         super().__init__()
+        self.ops = ops
         self.ln0 = LayerNorm(shape.n_embd) if layer == 0 else None
         self.ln1 = LayerNorm(shape.n_embd)
         self.ln2 = LayerNorm(shape.n_embd)
@@ -68,16 +76,18 @@ class Block(nn.Module):
             time_shift=_first_shift(self.att, state.time_shift, x),
             channel_shift=_first_shift(self.ffn, state.channel_shift, x),
         )
-        update, first_value, time_shift, memory = self.att(self.ln1(x), first_value, state)
-        x = x + F.dropout(update, self.dropout, self.training)
-        update, channel_shift = self.ffn(self.ln2(x), state.channel_shift)
-        x = x + F.dropout(update, self.dropout, self.training)
+        x, mixed, time_shift = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes())
+        update, first_value, memory = self.att(mixed, first_value, state)
+        update = F.dropout(update, self.dropout, self.training)
+        mixes = self.ffn.shift_mixes()
+        x, mixed, channel_shift = self.ops.norm_mix(x, update, self.ln2.norm(), state.channel_shift, mixes)
+        x = x + F.dropout(self.ffn(*mixed), self.dropout, self.training)
         return x, first_value, BlockState(time_shift, memory, channel_shift)
 
 
-def _first_shift(mixing: nn.Module, shift: Tensor | None, x: Tensor) -> Tensor | None:
+def _first_shift(mixing: TimeMixing | ChannelMixing, shift: Tensor | None, x: Tensor) -> Tensor | None:
     """The token before the first one (B, C): the given one, or the tuned ``shift_state`` of a fresh sequence."""
-    tuned: Tensor | None = mixing.shift_state  # type: ignore[assignment]
+    tuned = mixing.shift_state
     if shift is None and tuned is not None:
         return tuned.to(x.dtype).expand(x.shape[0], -1)
     return shift
@@ -86,8 +96,8 @@ def _first_shift(mixing: nn.Module, shift: Tensor | None, x: Tensor) -> Tensor |
 class Rwkv(nn.Module):
     """An RWKV language model. Parameter names are those of the official checkpoints (see ``models/names.py``).
 
-    A version says what its blocks are made of: ``time_mix(shape, wkv, head_size_divisor)``, ``channel_mix(shape)``,
-    and its untrained tensors, ``initial_block(shape, layer)``.
+    A version says what its blocks are made of: ``time_mix(shape, wkv, head_size_divisor, ops)``,
+    ``channel_mix(shape, ops)``, and its untrained tensors, ``initial_block(shape, layer)``.
 
     ``compute_dtype`` is the dtype of the activations; ``checkpointing`` recomputes each block's activations in the
     backward pass.
@@ -96,13 +106,16 @@ class Rwkv(nn.Module):
     time_mix: ClassVar[type[Any]]
     channel_mix: ClassVar[type[Any]]
 
-    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
+    def __init__(
+        self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8, block_ops: BlockOps = PLAIN
+    ) -> None:
         super().__init__()
-        version = type(self)
-        blocks = [
-            Block(shape, layer, version.time_mix(shape, wkv, head_size_divisor), version.channel_mix(shape))
-            for layer in range(shape.n_layer)
-        ]
+
+        def block(layer: int) -> Block:
+            att = self.time_mix(shape, wkv, head_size_divisor, block_ops)
+            return Block(shape, layer, att, self.channel_mix(shape, block_ops), block_ops)
+
+        blocks = [block(layer) for layer in range(shape.n_layer)]
         self.shape = shape
         self.compute_dtype = torch.float32
         self.checkpointing = False

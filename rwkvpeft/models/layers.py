@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkvpeft.ops.block.contract import Norm
+
 
 class Linear(nn.Linear):
     """A matrix without bias: (..., in) to (..., out). ``weight`` is (out, in), its values come from a checkpoint."""
@@ -32,6 +34,8 @@ class Linear(nn.Linear):
 class LayerNorm(nn.Module):
     """Layer norm over the last axis, eps 1e-5."""
 
+    eps = 1e-5
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
@@ -39,27 +43,29 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., C)."""
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+    def norm(self) -> Norm:
+        """What a block's operators need to compute it."""
+        return Norm(self.weight, self.bias, self.eps)
 
 
 class HeadNorm(nn.Module):
-    """Group norm with one group per head, over each token alone.
+    """The parameters of a group norm with one group per head, over each token alone; a block's operators compute it.
 
     v5 divides its input by ``head_size_divisor`` and uses eps 1e-5; v6 and v7 use eps 1e-5 * divisor^2. The two are
     the same function, so that there is one form here.
     """
 
-    def __init__(self, channels: int, heads: int, divisor: float) -> None:
+    def __init__(self, channels: int, divisor: float) -> None:
         super().__init__()
-        self.heads = heads
         self.eps = 1e-5 * divisor**2
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each head of (B, T, H, N) and join the heads: (B, T, C)."""
-        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2)
-        return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
+    def norm(self) -> Norm:
+        """What a block's operators need to compute it."""
+        return Norm(self.weight, self.bias, self.eps)
 
 
 def parameter(*shape: int) -> nn.Parameter:

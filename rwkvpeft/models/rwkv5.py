@@ -7,7 +7,6 @@ RWKV-LM, RWKV-v5/src/model.py. Tensor names are explained in ``models/names.py``
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpeft.models.backbone import Rwkv, TimeMixing, Wkv
@@ -16,7 +15,7 @@ from rwkvpeft.models.initialise import decay_and_bonus, depth_ratios, orthogonal
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
-from rwkvpeft.ops.token_shift import last_token, mix_with_previous
+from rwkvpeft.ops.block.contract import BlockOps
 
 
 class TimeMix(TimeMixing):
@@ -27,8 +26,9 @@ class TimeMix(TimeMixing):
     time_mix_r: nn.Parameter
     time_mix_g: nn.Parameter
 
-    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float) -> None:
+    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float, ops: BlockOps) -> None:
         super().__init__()
+        self.ops = ops
         channels, width = shape.n_embd, shape.dim_att
         self.heads = shape.n_head
         self.wkv = wkv
@@ -41,32 +41,34 @@ class TimeMix(TimeMixing):
         self.value = Linear(channels, width)
         self.gate = Linear(channels, width)
         self.output = Linear(width, channels)
-        self.ln_x = HeadNorm(width, shape.n_head, divisor)
+        self.ln_x = HeadNorm(width, divisor)
         self.register_parameter("time_state", None)
         self.register_parameter("shift_state", None)
 
-    def forward(
-        self, x: Tensor, first_value: Tensor | None, state: BlockState
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """See ``TimeMixing.forward``."""
+    def shift_mixes(self) -> tuple[Tensor, ...]:
+        """See ``TimeMixing.shift_mixes``."""
         # v5 stores the share of the token itself; the mixing takes that of its predecessor
-        mixes = tuple(1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g))
-        x_k, x_v, x_r, x_g = mix_with_previous(x, state.time_shift, mixes)
+        return tuple(1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g))
+
+    def forward(
+        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See ``TimeMixing.forward``."""
+        x_k, x_v, x_r, x_g = mixed
         r, k, v = (
             part.unflatten(-1, (self.heads, -1)) for part in (self.receptance(x_r), self.key(x_k), self.value(x_v))
         )
-        memory = self.initial_memory(x, state.memory)
-        decay, bonus = self.time_decay.to(x.dtype), self.time_faaaa.to(x.dtype)
+        memory = self.initial_memory(r, state.memory)
+        decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)
         read, memory = self.wkv(r=r, w=decay, k=k, v=v, u=bonus, state=memory)
-        update = self.output(self.ln_x(read) * F.silu(self.gate(x_g)))
-        return update, first_value, last_token(x, state.time_shift), memory
+        return self.output(self.ops.norm_gate(read, self.gate(x_g), self.ln_x.norm())), first_value, memory
 
 
 class ChannelMix(GatedChannelMix):
     """Gated squared ReLU."""
 
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: ModelShape, ops: BlockOps) -> None:
+        super().__init__(shape, ops)
         self.time_mix_k = parameter(1, 1, shape.n_embd)
         self.time_mix_r = parameter(1, 1, shape.n_embd)
 

@@ -7,7 +7,6 @@ RWKV-LM, RWKV-v5/src/model.py. Tensor names are explained in ``models/names.py``
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpeft.models.backbone import Rwkv, TimeMixing, Wkv
@@ -16,7 +15,7 @@ from rwkvpeft.models.initialise import decay_and_bonus, depth_ratios, orthogonal
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
-from rwkvpeft.ops.token_shift import last_token, shift_tokens
+from rwkvpeft.ops.block.contract import BlockOps
 
 _MIXED = ("w", "k", "v", "r", "g")
 
@@ -26,8 +25,9 @@ class TimeMix(TimeMixing):
 
     time_maa_x: nn.Parameter
 
-    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float) -> None:
+    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float, ops: BlockOps) -> None:
         super().__init__()
+        self.ops = ops
         channels, width = shape.n_embd, shape.dim_att
         self.heads = shape.n_head
         self.wkv = wkv
@@ -44,15 +44,20 @@ class TimeMix(TimeMixing):
         self.value = Linear(channels, width)
         self.gate = Linear(channels, width)
         self.output = Linear(width, channels)
-        self.ln_x = HeadNorm(width, shape.n_head, divisor)
+        self.ln_x = HeadNorm(width, divisor)
         self.register_parameter("time_state", None)
         self.register_parameter("shift_state", None)
 
+    def shift_mixes(self) -> tuple[Tensor | None, ...]:
+        """See ``TimeMixing.shift_mixes``: the token itself, and the mixture from which the other shares are made."""
+        return None, self.time_maa_x
+
     def forward(
-        self, x: Tensor, first_value: Tensor | None, state: BlockState
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See ``TimeMixing.forward``."""
-        x_w, x_k, x_v, x_r, x_g = self._mixed_tokens(x, state.time_shift)
+        x, coarse = mixed
+        x_w, x_k, x_v, x_r, x_g = self._mixed_tokens(x, coarse, state.time_shift)
         decay_logit = torch.tanh(x_w @ self.time_decay_w1.to(x.dtype)) @ self.time_decay_w2.to(x.dtype)
         decay_logit = decay_logit + self.time_decay.to(x.dtype)
         r, w, k, v = (
@@ -61,27 +66,22 @@ class TimeMix(TimeMixing):
         )
         memory = self.initial_memory(x, state.memory)
         read, memory = self.wkv(r=r, w=w, k=k, v=v, u=self.time_faaaa.to(x.dtype), state=memory)
-        update = self.output(self.ln_x(read) * F.silu(self.gate(x_g)))
-        return update, first_value, last_token(x, state.time_shift), memory
+        return self.output(self.ops.norm_gate(read, self.gate(x_g), self.ln_x.norm())), first_value, memory
 
-    def _mixed_tokens(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
+    def _mixed_tokens(self, x: Tensor, coarse: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
         """Five mixtures of each token with its predecessor, the shares themselves computed from the two."""
-        towards = shift_tokens(x, last) - x
-        coarse = torch.addcmul(x, towards, self.time_maa_x.to(x.dtype))
         inner = torch.tanh(coarse @ self.time_maa_w1.to(x.dtype)).unflatten(-1, (len(_MIXED), -1))
         shares = torch.matmul(inner.flatten(0, 1).transpose(0, 1), self.time_maa_w2.to(x.dtype))
         shares = shares.unflatten(1, x.shape[:2])
-        return tuple(
-            torch.addcmul(x, towards, share + getattr(self, f"time_maa_{letter}").to(x.dtype))
-            for letter, share in zip(_MIXED, shares.unbind(0), strict=True)
-        )
+        mixes = tuple(getattr(self, f"time_maa_{letter}") for letter in _MIXED)
+        return self.ops.mix_by_token(x, last, shares, mixes)
 
 
 class ChannelMix(GatedChannelMix):
     """Gated squared ReLU."""
 
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: ModelShape, ops: BlockOps) -> None:
+        super().__init__(shape, ops)
         self.time_maa_k = parameter(1, 1, shape.n_embd)
         self.time_maa_r = parameter(1, 1, shape.n_embd)
 

@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpeft.models.backbone import Rwkv, TimeMixing, Wkv
+from rwkvpeft.models.channel_mix import ChannelMixing
 from rwkvpeft.models.initialise import depth_ratios, orthogonal, position
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
-from rwkvpeft.ops.token_shift import last_token, mix_with_previous
+from rwkvpeft.ops.block.contract import BlockOps, KeyParameters
+from rwkvpeft.ops.block.plain import PLAIN
 
 
 class TimeMix(TimeMixing):
@@ -36,8 +37,9 @@ class TimeMix(TimeMixing):
     k_k: nn.Parameter
     k_a: nn.Parameter
 
-    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float) -> None:
+    def __init__(self, shape: ModelShape, wkv: Wkv, divisor: float, ops: BlockOps) -> None:
         super().__init__()
+        self.ops = ops
         channels, width = shape.n_embd, shape.dim_att
         self.heads = shape.n_head
         self.wkv = wkv
@@ -54,57 +56,57 @@ class TimeMix(TimeMixing):
         self.key = Linear(channels, width)
         self.value = Linear(channels, width)
         self.output = Linear(width, channels)
-        self.ln_x = HeadNorm(width, shape.n_head, divisor)
+        self.ln_x = HeadNorm(width, divisor)
         self.register_parameter("time_state", None)
         self.register_parameter("shift_state", None)
 
-    def forward(
-        self, x: Tensor, first_value: Tensor | None, state: BlockState
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """See ``TimeMixing.forward``."""
-        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        x_r, x_w, x_k, x_v, x_a, x_g = mix_with_previous(x, state.time_shift, mixes)
-        receptance, key, value = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        decay_logit = self._low_rank(x_w, "w", torch.tanh) + self.w0.to(x.dtype)
-        learning_rate = torch.sigmoid(self._low_rank(x_a, "a") + self.a0.to(x.dtype))
-        gate = self._low_rank(x_g, "g", torch.sigmoid)
-        if first_value is None:
-            first_value = value
-        else:
-            share = torch.sigmoid(self._low_rank(x_v, "v") + self.v0.to(x.dtype))
-            value = torch.lerp(value, first_value, share)
+    def shift_mixes(self) -> tuple[Tensor, ...]:
+        """See ``TimeMixing.shift_mixes``."""
+        return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
 
-        removal_key = F.normalize(self._heads(key * self.k_k.to(x.dtype)), dim=-1)
-        key = key * (1 + (learning_rate - 1) * self.k_a.to(x.dtype))
-        r, w, k, v, rate = map(self._heads, (receptance, decay_logit, key, value, learning_rate))
-        memory = self.initial_memory(x, state.memory)
-        read, memory = self.wkv(r=r, w=w, k=k, v=v, a=-removal_key, b=removal_key * rate, state=memory)
-        bonus = (r * k * self.r_k.to(x.dtype)).sum(-1, keepdim=True) * v
-        update = self.output((self.ln_x(read) + bonus.flatten(2)) * gate)
-        return update, first_value, last_token(x, state.time_shift), memory
+    def forward(
+        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See ``TimeMixing.forward``."""
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed
+        receptance, key, value = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        decay_logit = self._low_rank(x_w, "w", torch.tanh) + self.w0.to(x_w.dtype)
+        rate_logit = self._low_rank(x_a, "a")
+        gate = self._low_rank(x_g, "g", torch.sigmoid)
+        share_logit = None if first_value is None else self._low_rank(x_v, "v")
+        parameters = KeyParameters(self.a0, self.k_k, self.k_a, self.v0)
+        k, v, remove, write = self.ops.prepare_keys(
+            key, value, rate_logit, first_value, share_logit, parameters, self.heads
+        )
+        r, w = (part.unflatten(-1, (self.heads, -1)) for part in (receptance, decay_logit))
+        memory = self.initial_memory(r, state.memory)
+        read, memory = self.wkv(r=r, w=w, k=k, v=v, a=remove, b=write, state=memory)
+        update = self.output(self.ops.norm_bonus_gate(read, r, k, v, gate, self.ln_x.norm(), self.r_k))
+        return update, value if first_value is None else first_value, memory
 
     def _low_rank(self, x: Tensor, letter: str, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         inner = x @ getattr(self, f"{letter}1").to(x.dtype)
         return (inner if activation is None else activation(inner)) @ getattr(self, f"{letter}2").to(x.dtype)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
 
-
-class ChannelMix(nn.Module):
+class ChannelMix(ChannelMixing):
     """Squared ReLU between two matrices."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, ops: BlockOps) -> None:
         super().__init__()
+        self.ops = ops
         self.x_k = parameter(1, 1, shape.n_embd)
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
         self.register_parameter("shift_state", None)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Mix the channels of (B, T, C). Returns the update and the last token for the next call."""
-        (x_k,) = mix_with_previous(x, last, (self.x_k,))
-        return self.value(F.relu(self.key(x_k)).square()), last_token(x, last)
+    def shift_mixes(self) -> tuple[Tensor, ...]:
+        """See ``ChannelMixing.shift_mixes``."""
+        return (self.x_k,)
+
+    def forward(self, *mixed: Tensor) -> Tensor:
+        """See ``ChannelMixing.forward``."""
+        return self.value(self.ops.squared_relu(self.key(mixed[0])))
 
 
 def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
@@ -153,8 +155,10 @@ class Rwkv7(Rwkv):
     channel_mix = ChannelMix
     initial_block = staticmethod(_initial_block)
 
-    def __init__(self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8) -> None:
-        super().__init__(shape, wkv, head_size_divisor=head_size_divisor)
+    def __init__(
+        self, shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8, block_ops: BlockOps = PLAIN
+    ) -> None:
+        super().__init__(shape, wkv, head_size_divisor=head_size_divisor, block_ops=block_ops)
         # block 0 has no earlier value to take from: official files carry its v0, v1, v2, and nothing reads them
         for name in ("v0", "v1", "v2"):
             self.get_parameter(f"blocks.0.att.{name}").requires_grad_(False)

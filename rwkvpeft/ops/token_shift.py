@@ -25,16 +25,3 @@ def last_token(x: Tensor, before: Tensor | None = None) -> Tensor | None:
     """The last token of (B, T, C), (B, C); with T = 0 the one that came before."""
     # a copy: a view would keep all tokens of every layer in memory for as long as the state lives
     return x[:, -1].clone() if x.shape[1] else before
-
-
-def mix_with_previous(x: Tensor, last: Tensor | None, mixes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Move each token towards its predecessor, by several vectors of shares at once.
-
-    Args:
-        x: (B, T, C).
-        last: see ``shift_tokens``.
-        mixes: shares of the predecessor, each broadcastable to (1, 1, C).
-    Returns: one (B, T, C) for each entry of ``mixes``: x + (previous - x) * mix.
-    """
-    towards = shift_tokens(x, last) - x
-    return tuple(torch.addcmul(x, towards, mix.to(x.dtype)) for mix in mixes)
