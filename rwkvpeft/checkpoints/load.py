@@ -70,8 +70,7 @@ def build_model(shape: ModelShape, wkv: Wkv, *, head_size_divisor: float = 8, bl
     """A model of that shape without values: its parameters hold no memory until ``fill_model`` puts tensors there."""
     with torch.device("meta"):
         version: type[Rwkv] = find(MODELS, shape.version, flag="--my_testing")
-        model = version(shape, wkv, head_size_divisor=head_size_divisor, block_ops=block_ops)
-    return model
+        return version(shape, wkv, head_size_divisor=head_size_divisor, block_ops=block_ops)
 
 
 def operator_of(shape: ModelShape) -> str:
