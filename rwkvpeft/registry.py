@@ -20,9 +20,22 @@ MODELS: dict[str, str] = {
 }
 
 BACKENDS: dict[str, dict[str, str]] = {
-    "wkv5": {"torch": "rwkvpeft.ops.wkv5.chunked:BACKEND", "reference": "rwkvpeft.ops.wkv5.reference:BACKEND"},
-    "wkv6": {"torch": "rwkvpeft.ops.wkv6.chunked:BACKEND", "reference": "rwkvpeft.ops.wkv6.reference:BACKEND"},
-    "wkv7": {"torch": "rwkvpeft.ops.wkv7.chunked:BACKEND", "reference": "rwkvpeft.ops.wkv7.reference:BACKEND"},
+    # in the order of their likely speed; on a GPU it is measured
+    "wkv5": {
+        "fla": "rwkvpeft.ops.wkv5.fla_kernel:BACKEND",
+        "torch": "rwkvpeft.ops.wkv5.chunked:BACKEND",
+        "reference": "rwkvpeft.ops.wkv5.reference:BACKEND",
+    },
+    "wkv6": {
+        "fla": "rwkvpeft.ops.wkv6.fla_kernel:BACKEND",
+        "torch": "rwkvpeft.ops.wkv6.chunked:BACKEND",
+        "reference": "rwkvpeft.ops.wkv6.reference:BACKEND",
+    },
+    "wkv7": {
+        "fla": "rwkvpeft.ops.wkv7.fla_kernel:BACKEND",
+        "torch": "rwkvpeft.ops.wkv7.chunked:BACKEND",
+        "reference": "rwkvpeft.ops.wkv7.reference:BACKEND",
+    },
 }
 
 ADAPTERS: dict[str, str] = {

@@ -68,7 +68,12 @@ def test_a_file_imports_only_from_its_own_room_and_the_floors_below(path):
     [(f"{table}.{name}", place) for table, rows in TABLES.items() for name, place in entries(rows)],
 )
 def test_every_line_of_the_registry_resolves(name, place):
-    assert find({name: place}, name, flag="--test") is not None
+    try:
+        assert find({name: place}, name, flag="--test") is not None
+    except ModuleNotFoundError as missing:
+        if missing.name.startswith("rwkvpeft"):
+            raise
+        pytest.skip(f"{missing.name} is not installed")
 
 
 def test_the_command_line_can_be_read_without_the_heavy_libraries():

@@ -170,8 +170,8 @@ class RuntimeConfig:
     grad_cp: int = flag(0, help="1: recompute activations in backward, less memory, more time", choices=("0", "1"))
     op: str = flag(
         "auto",
-        help="which program computes the WKV recurrence; auto: the fastest that can, measured on a GPU; any other: that "
-        f"or an error ({_PROGRAMS})",
+        help="which program computes the WKV recurrence; auto: the fastest that can, measured on a GPU; any other: "
+        f"that or an error ({_PROGRAMS})",
         metavar="NAME",
     )
     fla: bool = flag(False, help="take flash-linear-attention where it can run, otherwise what --op auto takes")

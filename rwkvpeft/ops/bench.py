@@ -18,7 +18,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.ops.contract import Backend, Needs
 from rwkvpeft.ops.trial import complaint, errors_of, milliseconds
 
-_PACKAGES = ("torch", "triton", "flash-linear-attention", "rwkvpeft")
+_PACKAGES = ("torch", "triton", "fla-core", "rwkvpeft")
 """Whose versions speed depends on."""
 
 
