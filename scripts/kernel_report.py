@@ -92,7 +92,7 @@ def resources(ptx: str, arch: int) -> dict[str, int]:
 
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     version = ptxas.with_name("ptxas-blackwell")
-    if arch >= 100 and version.exists():
+    if arch >= 90 and version.exists():
         ptxas = version
     target = re.search(r"\.target (\w+)", ptx)
     name = target[1] if target else f"sm_{arch}"
