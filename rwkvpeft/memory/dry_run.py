@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.base import Objective
+from rwkvpeft.ops.opaque import BODIES
 
 
 class Moment(NamedTuple):
@@ -70,6 +71,9 @@ class _Tally(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             # which tokens are trained is not known: as many as there are
             made = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
+        elif func in BODIES:
+            with self:
+                made = BODIES[func](*args, **(kwargs or {}))
         else:
             made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):

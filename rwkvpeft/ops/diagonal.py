@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.chunks import ChunkGrid
 from rwkvpeft.ops.contract import compute_dtype
+from rwkvpeft.ops.opaque import opaque
 
 CHUNK = 32
 TILE = 8
@@ -148,97 +149,6 @@ def _in_tiles(length: int, device: torch.device) -> Tensor:
     return (token < token[:, None]) & (token // TILE == token[:, None] // TILE)
 
 
-class _Diagonal(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
-    ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(r, w, k, v, u, state)
-        grid = ChunkGrid.of(v, length)
-        chunks, groups, size = grid.chunks, grid.groups, grid.size
-        strength, table = _decay_table(grid, w, dtype)
-        factors = _Factors.of(table, length)
-        p = grid.empty(length // TILE, TILE, size, like=v, dtype=dtype)
-        q = torch.empty_like(p)
-        torch.mul(grid.view(r).unflatten(3, (-1, TILE)), factors.tile[..., :-1, :], out=p)
-        torch.div(grid.view(k).unflatten(3, (-1, TILE)), factors.tile[..., 1:, :], out=q)
-        z = grid.load(v, dtype).flatten(0, 2)
-
-        A = torch.bmm(p.view_as(z), q.view_as(z).mT)
-        # what two tiles far apart give here may be infinite, or infinite minus infinite
-        A.masked_fill_(~_in_tiles(length, v.device), 0)
-        for level, factor in enumerate(factors.across):
-            block = _rectangles(A, TILE * 2**level)
-            read = torch.bmm(_second_halves(p, factor, level), _first_halves(q, factor, level).mT)
-            block.copy_(read.view(block.shape))
-        bonus = u.to(dtype).expand(chunks, grid.batch, -1, -1).reshape(-1, size, 1)
-        products = _products(grid, r, k, dtype).view_as(z)
-        A.diagonal(dim1=1, dim2=2).copy_(torch.bmm(products, bonus).squeeze(2))
-
-        states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
-        states[0] = 0 if state is None else state.reshape(groups, size, size)
-        torch.bmm(z.mT, _scaled(q, factors.to_end), out=states[1:].view(-1, size, size))
-        whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
-        for i in range(1 if state is None else 0, chunks):
-            states[i + 1].addcmul_(states[i], whole[i])
-        y = torch.bmm(A, z)
-        y.baddbmm_(_scaled(p, factors.from_start), states[:-1].view(-1, size, size).mT)
-
-        ctx.save_for_backward(r, w, k, u, strength, table, p, q, z, A, states)
-        ctx.grid, ctx.has_state, ctx.value_dtype = grid, state is not None, v.dtype
-        ctx.set_materialize_grads(False)
-        return grid.store(y, v.dtype), states[-1].view(grid.batch, grid.heads, size, size).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        r, w, k, u, strength, table, p, q, z, A, states = ctx.saved_tensors
-        grid: ChunkGrid = ctx.grid
-        chunks, groups, length, size = grid.chunks, grid.groups, grid.length, grid.size
-        factors = _Factors.of(table, length)
-        d = torch.zeros_like(z) if dy is None else grid.load(dy, z.dtype).view_as(z)
-
-        grads = torch.empty_like(states)
-        grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
-        torch.bmm(d.mT, _scaled(p, factors.from_start), out=grads[:-1].view(-1, size, size))
-        whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
-        for i in reversed(range(chunks)):
-            grads[i].addcmul_(grads[i + 1], whole[i])
-        dstate = grads[0].view(grid.batch, grid.heads, size, size) if ctx.has_state else None
-        if not any(ctx.needs_input_grad[:5]):
-            return None, None, None, None, None, dstate, None
-
-        starts, ends = states[:-1].view(-1, size, size), grads[1:].view(-1, size, size)
-        dv = torch.bmm(A.mT, d).baddbmm_(_scaled(q, factors.to_end), ends.mT)
-        dA = torch.bmm(d, z.mT)
-        current, previous = dA.diagonal(dim1=1, dim2=2).clone(), dA.diagonal(-1, dim1=1, dim2=2).clone()
-        # a token reads its neighbour undecayed: next to a strong decay's gradient these pairs would leave only rounding
-        dA.diagonal(-1, dim1=1, dim2=2).zero_()
-        dp, dq = _readers_grad(dA, q, factors.across), _writers_grad(dA, p, factors.across)
-        dp_state = torch.bmm(d, starts).view(p.shape).mul_(factors.from_start)
-        dq_state = torch.bmm(z, ends).view(p.shape).mul_(factors.to_end)
-        edges = torch.mul(starts, ends).sum(1).view(chunks, grid.batch, grid.heads, 1, size).mul_(factors.whole)
-        if w.dim() == 2:
-            token = torch.arange(length, device=z.device)
-            inside = _readers_grad(dA * (token[:, None] - token - 1).clamp(min=0), q, factors.across)
-            dw = _constant_decay_grad(strength, (p, q), (dp_state, dq_state), edges, inside)
-        else:
-            edges -= torch.mul(q, dq).sum((3, 4)).unsqueeze(3)
-        dp += dp_state
-        dq += dq_state
-        if w.dim() == 4:
-            dw = _decay_grad(grid, strength, (p, q), (dp, dq), edges, w.dtype)
-
-        row = (chunks, grid.batch, grid.heads, -1, 1)
-        current, previous, bonus = current.view(row), previous.view(row), u.to(z.dtype)[:, None, :]
-        du = _products(grid, r, k, z.dtype).mul_(current).sum((0, 1, 3))
-        dr = _received(grid.view(k), current, previous, bonus, (1, 0)).view(p.shape)
-        dr = grid.store(dr.addcmul_(dp, factors.tile[..., :-1, :]), r.dtype)
-        dk = _received(grid.view(r), current, previous, bonus, (0, 1)).view(p.shape)
-        dk = grid.store(dk.addcdiv_(dq, factors.tile[..., 1:, :]), k.dtype)
-        return dr, dw, dk, grid.store(dv, ctx.value_dtype), du, dstate, None
-
-
 def _products(grid: ChunkGrid, r: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
     """r ⊙ k, chunked (n, B, H, L, N)."""
     room = grid.empty(grid.length, grid.size, like=r, dtype=dtype)
@@ -344,3 +254,170 @@ def _pairs(operands: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor]) -> Ten
 def _slope(strength: Tensor) -> Tensor:
     """-dℓ/dw, less where ℓ was limited: every pair such a decay lies between holds e^-limit in its place."""
     return torch.rsub(strength, LIMITS[strength.dtype]).clamp_(max=0).exp_().mul_(strength)
+
+
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+) -> list[Tensor]:
+    """Output (B, T, H, N) and final state (B, H, N, N), and what ``_backward`` wants kept beside ``r, w, k, u``."""
+    dtype = compute_dtype(r, w, k, v, u, state)
+    grid = ChunkGrid.of(v, length)
+    chunks, groups, size = grid.chunks, grid.groups, grid.size
+    strength, table = _decay_table(grid, w, dtype)
+    factors = _Factors.of(table, length)
+    p = grid.empty(length // TILE, TILE, size, like=v, dtype=dtype)
+    q = torch.empty_like(p)
+    torch.mul(grid.view(r).unflatten(3, (-1, TILE)), factors.tile[..., :-1, :], out=p)
+    torch.div(grid.view(k).unflatten(3, (-1, TILE)), factors.tile[..., 1:, :], out=q)
+    z = grid.load(v, dtype).flatten(0, 2)
+
+    A = torch.bmm(p.view_as(z), q.view_as(z).mT)
+    # what two tiles far apart give here may be infinite, or infinite minus infinite
+    A.masked_fill_(~_in_tiles(length, v.device), 0)
+    for level, factor in enumerate(factors.across):
+        block = _rectangles(A, TILE * 2**level)
+        read = torch.bmm(_second_halves(p, factor, level), _first_halves(q, factor, level).mT)
+        block.copy_(read.view(block.shape))
+    bonus = u.to(dtype).expand(chunks, grid.batch, -1, -1).reshape(-1, size, 1)
+    products = _products(grid, r, k, dtype).view_as(z)
+    A.diagonal(dim1=1, dim2=2).copy_(torch.bmm(products, bonus).squeeze(2))
+
+    states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
+    states[0] = 0 if state is None else state.reshape(groups, size, size)
+    torch.bmm(z.mT, _scaled(q, factors.to_end), out=states[1:].view(-1, size, size))
+    whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
+    for i in range(1 if state is None else 0, chunks):
+        states[i + 1].addcmul_(states[i], whole[i])
+    y = torch.bmm(A, z)
+    y.baddbmm_(_scaled(p, factors.from_start), states[:-1].view(-1, size, size).mT)
+
+    final = states[-1].view(grid.batch, grid.heads, size, size).clone()
+    return [grid.store(y, v.dtype), final, strength, table, p, q, z, A, states]
+
+
+def _forward_sizes(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+) -> list[Tensor]:
+    grid = ChunkGrid.of(v, length)
+    dtype = compute_dtype(r, w, k, v, u, state)
+    chunks, size, tiles = grid.chunks, grid.size, length // TILE
+    leading = (1, 1, grid.heads) if w.dim() == 2 else (chunks, grid.batch, grid.heads)
+    # of each tile its tokens' borders, then from its middle to the chunk's ends and to the borders of larger blocks
+    borders = tiles * (TILE + 1) + tiles * (2 + (tiles - 1).bit_length()) + 1
+
+    def own(*sizes: int) -> Tensor:
+        return v.new_empty(sizes, dtype=dtype)
+
+    return [
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        own(grid.batch, grid.heads, size, size),
+        own(*leading, length, size),
+        own(*leading, borders, size),
+        *(grid.empty(tiles, TILE, size, like=v, dtype=dtype) for _ in range(2)),
+        own(grid.matrices, length, size),
+        own(grid.matrices, length, length),
+        own(chunks + 1, grid.groups, size, size),
+    ]
+
+
+def _backward(
+    dy: Tensor | None, dfinal: Tensor | None, operands: list[Tensor], kept: list[Tensor], like: Tensor,
+    length: int, has_state: bool, state_alone: bool,
+) -> list[Tensor]:
+    """Gradients of r, w, k, v, u unless ``state_alone``, and of the state if there is one; ``like`` has v's dtype."""
+    r, w, k, u = operands
+    strength, table, p, q, z, A, states = kept
+    grid = ChunkGrid.of(r, length)
+    chunks, groups, size = grid.chunks, grid.groups, grid.size
+    factors = _Factors.of(table, length)
+    d = torch.zeros_like(z) if dy is None else grid.load(dy, z.dtype).view_as(z)
+
+    grads = torch.empty_like(states)
+    grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
+    torch.bmm(d.mT, _scaled(p, factors.from_start), out=grads[:-1].view(-1, size, size))
+    whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
+    for i in reversed(range(chunks)):
+        grads[i].addcmul_(grads[i + 1], whole[i])
+    dstate = [grads[0].view(grid.batch, grid.heads, size, size)] if has_state else []
+    if state_alone:
+        return dstate
+
+    starts, ends = states[:-1].view(-1, size, size), grads[1:].view(-1, size, size)
+    dv = torch.bmm(A.mT, d).baddbmm_(_scaled(q, factors.to_end), ends.mT)
+    dA = torch.bmm(d, z.mT)
+    current, previous = dA.diagonal(dim1=1, dim2=2).clone(), dA.diagonal(-1, dim1=1, dim2=2).clone()
+    # a token reads its neighbour undecayed: next to a strong decay's gradient these pairs would leave only rounding
+    dA.diagonal(-1, dim1=1, dim2=2).zero_()
+    dp, dq = _readers_grad(dA, q, factors.across), _writers_grad(dA, p, factors.across)
+    dp_state = torch.bmm(d, starts).view(p.shape).mul_(factors.from_start)
+    dq_state = torch.bmm(z, ends).view(p.shape).mul_(factors.to_end)
+    edges = torch.mul(starts, ends).sum(1).view(chunks, grid.batch, grid.heads, 1, size).mul_(factors.whole)
+    if w.dim() == 2:
+        token = torch.arange(length, device=z.device)
+        inside = _readers_grad(dA * (token[:, None] - token - 1).clamp(min=0), q, factors.across)
+        dw = _constant_decay_grad(strength, (p, q), (dp_state, dq_state), edges, inside)
+    else:
+        edges -= torch.mul(q, dq).sum((3, 4)).unsqueeze(3)
+    dp += dp_state
+    dq += dq_state
+    if w.dim() == 4:
+        dw = _decay_grad(grid, strength, (p, q), (dp, dq), edges, w.dtype)
+
+    row = (chunks, grid.batch, grid.heads, -1, 1)
+    current, previous, bonus = current.view(row), previous.view(row), u.to(z.dtype)[:, None, :]
+    du = _products(grid, r, k, z.dtype).mul_(current).sum((0, 1, 3))
+    dr = _received(grid.view(k), current, previous, bonus, (1, 0)).view(p.shape)
+    dr = grid.store(dr.addcmul_(dp, factors.tile[..., :-1, :]), r.dtype)
+    dk = _received(grid.view(r), current, previous, bonus, (0, 1)).view(p.shape)
+    dk = grid.store(dk.addcdiv_(dq, factors.tile[..., 1:, :]), k.dtype)
+    return [dr, dw, dk, grid.store(dv, like.dtype), du, *dstate]
+
+
+def _backward_sizes(
+    dy: Tensor | None, dfinal: Tensor | None, operands: list[Tensor], kept: list[Tensor], like: Tensor,
+    length: int, has_state: bool, state_alone: bool,
+) -> list[Tensor]:
+    r, w, k, u = operands
+    batch, _, heads, size = r.shape
+    dstate = [kept[0].new_empty((batch, heads, size, size))] if has_state else []
+    if state_alone:
+        return dstate
+    dw = w.new_empty(w.shape, dtype=kept[0].dtype if w.dim() == 2 else w.dtype)
+    du = kept[0].new_empty(u.shape)
+    return [r.new_empty(r.shape), dw, k.new_empty(r.shape), like.new_empty(r.shape), du, *dstate]
+
+
+_forward_op = opaque(
+    "wkv_diagonal_torch_forward",
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, int length) -> Tensor[]",
+    _forward,
+    _forward_sizes,
+)
+_backward_op = opaque(
+    "wkv_diagonal_torch_backward",
+    "(Tensor? dy, Tensor? dfinal, Tensor[] operands, Tensor[] kept, Tensor like, int length, bool has_state, "
+    "bool state_alone) -> Tensor[]",
+    _backward,
+    _backward_sizes,
+)
+
+
+class _Diagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+    ) -> tuple[Tensor, Tensor]:
+        y, final, *kept = _forward_op(r, w, k, v, u, state, length)
+        ctx.save_for_backward(r, w, k, u, v.new_empty(0), *kept)
+        ctx.length, ctx.has_state = length, state is not None
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        r, w, k, u, like, *kept = ctx.saved_tensors
+        state_alone = not any(ctx.needs_input_grad[:5])
+        grads = _backward_op(dy, dfinal, [r, w, k, u], kept, like, ctx.length, ctx.has_state, state_alone)
+        dstate = grads[-1] if ctx.has_state else None
+        return *((None,) * 5 if state_alone else grads[:5]), dstate, None

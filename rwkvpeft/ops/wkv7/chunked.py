@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.chunks import ChunkGrid
 from rwkvpeft.ops.contract import Backend, Supports, check_operands, compute_dtype, wants_grad
+from rwkvpeft.ops.opaque import opaque
 
 CHUNK = 32
 STRONGEST = -math.exp(-0.5)
@@ -86,121 +87,189 @@ def _decay_factors(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> Tensor:
     return factors.view(*gate.shape[:3], grid.length + 1, grid.size)
 
 
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
+) -> list[Tensor]:
+    """Output (B, T, H, N) and final state (B, H, N, N), and what ``_backward`` wants kept beside ``w``."""
+    dtype = compute_dtype(r, w, k, v, a, b, state)
+    grid = ChunkGrid.of(v, length)
+    chunks, groups, size = grid.chunks, grid.groups, grid.size
+    factors = _decay_factors(grid, w, dtype)
+    before, after = factors[..., :-1, :], factors[..., 1:, :]
+    p = grid.empty(2, length, size, like=v, dtype=dtype)
+    q, z = torch.empty_like(p), torch.empty_like(p)
+    torch.mul(grid.view(r), after, out=p[..., 0, :, :])
+    torch.mul(grid.view(a), before, out=p[..., 1, :, :])
+    torch.div(grid.view(k), after, out=q[..., 0, :, :])
+    torch.div(grid.view(b), after, out=q[..., 1, :, :])
+    z[..., 0, :, :].copy_(grid.view(v))
+    p, q, z = (x.view(grid.matrices, 2 * length, size) for x in (p, q, z))
+
+    A = torch.bmm(p, q.mT).mul_(_causal(length, p))
+    identity = torch.eye(length, dtype=dtype, device=v.device)
+    inverse = torch.linalg.solve_triangular(
+        -A[:, length:, length:], identity.expand(grid.matrices, -1, -1), upper=False, unitriangular=True
+    )
+    W = torch.bmm(inverse, p[:, length:])
+    U = torch.bmm(inverse, torch.bmm(A[:, length:, :length], z[:, :length]))
+    across = torch.bmm(W.mT, q[:, length:])
+    across.diagonal(dim1=1, dim2=2).add_(1)
+    states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
+    torch.bmm(z[:, :length].mT, q[:, :length], out=states[1:].view(-1, size, size))
+    states[1:].view(-1, size, size).baddbmm_(U.mT, q[:, length:])
+
+    edge = factors[..., -1, :].clone().view(chunks, groups, 1, size)
+    start = factors[..., 0, :].reshape(chunks, groups, 1, size)
+    edge[:-1] /= start[1:]
+    if state is None:
+        states[0] = 0
+    else:
+        torch.div(state.reshape(groups, size, size), start[0], out=states[0])
+    across = across.view(chunks, groups, size, size)
+    for i in range(chunks):
+        if i or state is not None:
+            states[i + 1].baddbmm_(states[i], across[i])
+        states[i + 1].mul_(edge[i])
+    starts = states[:-1].view(-1, size, size)
+    U.baddbmm_(W, starts.mT)
+    z[:, length:] = U
+    y = torch.bmm(A[:, :length], z).baddbmm_(p[:, :length], starts.mT)
+    final = states[-1].view(grid.batch, grid.heads, size, size).clone()
+    return [grid.store(y, v.dtype), final, factors, edge, p, q, z, A, inverse, W, states]
+
+
+def _forward_sizes(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
+) -> list[Tensor]:
+    grid = ChunkGrid.of(v, length)
+    dtype = compute_dtype(r, w, k, v, a, b, state)
+    chunks, matrices, size = grid.chunks, grid.matrices, grid.size
+
+    def own(*sizes: int) -> Tensor:
+        return v.new_empty(sizes, dtype=dtype)
+
+    return [
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        own(grid.batch, grid.heads, size, size),
+        grid.empty(length + 1, size, like=v, dtype=dtype),
+        own(chunks, grid.groups, 1, size),
+        *(own(matrices, 2 * length, size) for _ in range(3)),
+        own(matrices, 2 * length, 2 * length),
+        own(matrices, length, length).mT,
+        own(matrices, length, size),
+        own(chunks + 1, grid.groups, size, size),
+    ]
+
+
+def _backward(
+    dy: Tensor | None, dfinal: Tensor | None, w: Tensor, kept: list[Tensor], like: list[Tensor],
+    length: int, has_state: bool, state_alone: bool,
+) -> list[Tensor]:
+    """Gradients of r, w, k, v, a, b unless ``state_alone``, in the dtypes of ``like``, and of the state if any."""
+    factors, edge, p, q, z, A, inverse, W, states = kept
+    grid = ChunkGrid.of(w, length)
+    chunks, groups, size = grid.chunks, grid.groups, grid.size
+    d = grid.empty(2, length, size, like=p, dtype=p.dtype)
+    if dy is None:
+        d[..., 0, :, :] = 0
+    else:
+        d[..., 0, :, :].copy_(grid.view(dy))
+    d = d.view(grid.matrices, 2 * length, size)
+    du = torch.bmm(A[:, :length, length:].mT, d[:, :length])
+
+    grads = torch.empty_like(states)
+    grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
+    torch.bmm(d[:, :length].mT, p[:, :length], out=grads[:-1].view(-1, size, size))
+    grads[:-1].view(-1, size, size).baddbmm_(du.mT, W)
+    across = torch.bmm(q[:, length:].mT, W).view(chunks, groups, size, size)
+    across.diagonal(dim1=2, dim2=3).add_(1)
+    ends = torch.empty_like(across)
+    for i in reversed(range(chunks)):
+        torch.mul(grads[i + 1], edge[i], out=ends[i])
+        grads[i].baddbmm_(ends[i], across[i])
+    dstate = []
+    if has_state:
+        first = grads[0] / factors[0, ..., 0, :].reshape(groups, 1, size)
+        dstate = [first.view(grid.batch, grid.heads, size, size)]
+    if state_alone:
+        return dstate
+
+    starts, ends = states[:-1].view(-1, size, size), ends.view(-1, size, size)
+    du.baddbmm_(q[:, length:], ends.mT)
+    d[:, length:] = torch.bmm(inverse.mT, du)
+    dvc = torch.bmm(A[:, :, :length].mT, d).baddbmm_(q[:, :length], ends.mT)
+    dA = torch.bmm(d, z.mT).mul_(_causal(length, A))
+    dp = torch.bmm(dA, q).baddbmm_(d, starts)
+    dq = torch.bmm(dA.mT, p).baddbmm_(z, ends)
+
+    through = torch.mul(p, dp, out=d).addcmul_(q, dq, value=-1)
+    later = torch.ones(length, length, dtype=dp.dtype, device=dp.device).triu()
+    later = torch.cat([later, later.triu(1)], 1)
+    dlog = torch.bmm(later.expand(grid.matrices, -1, -1), through).addcmul_(q[:, length:], dq[:, length:], value=-1)
+    edges = torch.mul(states[1:], grads[1:], out=across).sum(2, keepdim=True)
+    dlog = dlog.view(chunks, groups, length, size).add_(edges).view(*factors.shape[:3], length, size)
+
+    before, after = factors[..., :-1, :], factors[..., 1:, :]
+    dp, dq = (x.view(*factors.shape[:3], 2, length, size) for x in (dp, dq))
+    # sigmoid(x) sigmoid(-x) by the smaller of the two, since 1 - sigmoid(x) loses every digit for a large x
+    slope = torch.copysign(grid.load(w, dlog.dtype), -1.0).sigmoid_()
+    slope = torch.addcmul(slope, slope, slope, value=-1).mul_(STRONGEST)
+    rooms = [grid.room(p, x.dtype) for x in like]
+    (_, dr), (_, dw), (_, dk), (_, dv), (_, da), (_, db) = rooms
+    torch.mul(dp[..., 0, :, :], after, out=dr)
+    torch.mul(dp[..., 1, :, :], before, out=da)
+    torch.div(dq[..., 0, :, :], after, out=dk)
+    torch.div(dq[..., 1, :, :], after, out=db)
+    dv.copy_(dvc.view(dlog.shape))
+    torch.mul(dlog, slope, out=dw)
+    return [*(grid.trimmed(whole) for whole, _ in rooms), *dstate]
+
+
+def _backward_sizes(
+    dy: Tensor | None, dfinal: Tensor | None, w: Tensor, kept: list[Tensor], like: list[Tensor],
+    length: int, has_state: bool, state_alone: bool,
+) -> list[Tensor]:
+    batch, _, heads, size = w.shape
+    dstate = [kept[0].new_empty((batch, heads, size, size))] if has_state else []
+    return dstate if state_alone else [*(x.new_empty(w.shape) for x in like), *dstate]
+
+
+_forward_op = opaque(
+    "wkv7_torch_forward",
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, int length) -> Tensor[]",
+    _forward,
+    _forward_sizes,
+)
+_backward_op = opaque(
+    "wkv7_torch_backward",
+    "(Tensor? dy, Tensor? dfinal, Tensor w, Tensor[] kept, Tensor[] like, int length, bool has_state, "
+    "bool state_alone) -> Tensor[]",
+    _backward,
+    _backward_sizes,
+)
+
+
 class _Wkv7(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(r, w, k, v, a, b, state)
-        grid = ChunkGrid.of(v, length)
-        chunks, groups, size = grid.chunks, grid.groups, grid.size
-        factors = _decay_factors(grid, w, dtype)
-        before, after = factors[..., :-1, :], factors[..., 1:, :]
-        p = grid.empty(2, length, size, like=v, dtype=dtype)
-        q, z = torch.empty_like(p), torch.empty_like(p)
-        torch.mul(grid.view(r), after, out=p[..., 0, :, :])
-        torch.mul(grid.view(a), before, out=p[..., 1, :, :])
-        torch.div(grid.view(k), after, out=q[..., 0, :, :])
-        torch.div(grid.view(b), after, out=q[..., 1, :, :])
-        z[..., 0, :, :].copy_(grid.view(v))
-        p, q, z = (x.view(grid.matrices, 2 * length, size) for x in (p, q, z))
-
-        A = torch.bmm(p, q.mT).mul_(_causal(length, p))
-        identity = torch.eye(length, dtype=dtype, device=v.device)
-        inverse = torch.linalg.solve_triangular(
-            -A[:, length:, length:], identity.expand(grid.matrices, -1, -1), upper=False, unitriangular=True
-        )
-        W = torch.bmm(inverse, p[:, length:])
-        U = torch.bmm(inverse, torch.bmm(A[:, length:, :length], z[:, :length]))
-        across = torch.bmm(W.mT, q[:, length:])
-        across.diagonal(dim1=1, dim2=2).add_(1)
-        states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
-        torch.bmm(z[:, :length].mT, q[:, :length], out=states[1:].view(-1, size, size))
-        states[1:].view(-1, size, size).baddbmm_(U.mT, q[:, length:])
-
-        edge = factors[..., -1, :].clone().view(chunks, groups, 1, size)
-        start = factors[..., 0, :].reshape(chunks, groups, 1, size)
-        edge[:-1] /= start[1:]
-        if state is None:
-            states[0] = 0
-        else:
-            torch.div(state.reshape(groups, size, size), start[0], out=states[0])
-        across = across.view(chunks, groups, size, size)
-        for i in range(chunks):
-            if i or state is not None:
-                states[i + 1].baddbmm_(states[i], across[i])
-            states[i + 1].mul_(edge[i])
-        starts = states[:-1].view(-1, size, size)
-        U.baddbmm_(W, starts.mT)
-        z[:, length:] = U
-        y = torch.bmm(A[:, :length], z).baddbmm_(p[:, :length], starts.mT)
-
-        ctx.save_for_backward(w, factors, edge, p, q, z, A, inverse, W, states)
-        ctx.grid, ctx.has_state = grid, state is not None
-        ctx.dtypes = [x.dtype for x in (r, w, k, v, a, b)]
+        y, final, *kept = _forward_op(r, w, k, v, a, b, state, length)
+        # of the operands only the dtypes are kept
+        like = [x.new_empty(0) for x in (r, w, k, v, a, b)]
+        ctx.save_for_backward(w, *like, *kept)
+        ctx.length, ctx.has_state = length, state is not None
         ctx.set_materialize_grads(False)
-        return grid.store(y, v.dtype), states[-1].view(grid.batch, grid.heads, size, size).clone()
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        w, factors, edge, p, q, z, A, inverse, W, states = ctx.saved_tensors
-        grid: ChunkGrid = ctx.grid
-        chunks, groups, length, size = grid.chunks, grid.groups, grid.length, grid.size
-        d = grid.empty(2, length, size, like=p, dtype=p.dtype)
-        if dy is None:
-            d[..., 0, :, :] = 0
-        else:
-            d[..., 0, :, :].copy_(grid.view(dy))
-        d = d.view(grid.matrices, 2 * length, size)
-        du = torch.bmm(A[:, :length, length:].mT, d[:, :length])
-
-        grads = torch.empty_like(states)
-        grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
-        torch.bmm(d[:, :length].mT, p[:, :length], out=grads[:-1].view(-1, size, size))
-        grads[:-1].view(-1, size, size).baddbmm_(du.mT, W)
-        across = torch.bmm(q[:, length:].mT, W).view(chunks, groups, size, size)
-        across.diagonal(dim1=2, dim2=3).add_(1)
-        ends = torch.empty_like(across)
-        for i in reversed(range(chunks)):
-            torch.mul(grads[i + 1], edge[i], out=ends[i])
-            grads[i].baddbmm_(ends[i], across[i])
-        dstate = None
-        if ctx.has_state:
-            dstate = grads[0] / factors[0, ..., 0, :].reshape(groups, 1, size)
-            dstate = dstate.view(grid.batch, grid.heads, size, size)
-        if not any(ctx.needs_input_grad[:6]):
-            return None, None, None, None, None, None, dstate, None
-
-        starts, ends = states[:-1].view(-1, size, size), ends.view(-1, size, size)
-        du.baddbmm_(q[:, length:], ends.mT)
-        d[:, length:] = torch.bmm(inverse.mT, du)
-        dvc = torch.bmm(A[:, :, :length].mT, d).baddbmm_(q[:, :length], ends.mT)
-        dA = torch.bmm(d, z.mT).mul_(_causal(length, A))
-        dp = torch.bmm(dA, q).baddbmm_(d, starts)
-        dq = torch.bmm(dA.mT, p).baddbmm_(z, ends)
-
-        through = torch.mul(p, dp, out=d).addcmul_(q, dq, value=-1)
-        later = torch.ones(length, length, dtype=dp.dtype, device=dp.device).triu()
-        later = torch.cat([later, later.triu(1)], 1)
-        dlog = torch.bmm(later.expand(grid.matrices, -1, -1), through).addcmul_(q[:, length:], dq[:, length:], value=-1)
-        edges = torch.mul(states[1:], grads[1:], out=across).sum(2, keepdim=True)
-        dlog = dlog.view(chunks, groups, length, size).add_(edges).view(*factors.shape[:3], length, size)
-
-        before, after = factors[..., :-1, :], factors[..., 1:, :]
-        dp, dq = (x.view(*factors.shape[:3], 2, length, size) for x in (dp, dq))
-        # sigmoid(x) sigmoid(-x) by the smaller of the two, since 1 - sigmoid(x) loses every digit for a large x
-        slope = torch.copysign(grid.load(w, dlog.dtype), -1.0).sigmoid_()
-        slope = torch.addcmul(slope, slope, slope, value=-1).mul_(STRONGEST)
-        rooms = [grid.room(p, dtype) for dtype in ctx.dtypes]
-        (_, dr), (_, dw), (_, dk), (_, dv), (_, da), (_, db) = rooms
-        torch.mul(dp[..., 0, :, :], after, out=dr)
-        torch.mul(dp[..., 1, :, :], before, out=da)
-        torch.div(dq[..., 0, :, :], after, out=dk)
-        torch.div(dq[..., 1, :, :], after, out=db)
-        dv.copy_(dvc.view(dlog.shape))
-        torch.mul(dlog, slope, out=dw)
-        return *(grid.trimmed(whole) for whole, _ in rooms), dstate, None
+        w, *saved = ctx.saved_tensors
+        state_alone = not any(ctx.needs_input_grad[:6])
+        grads = _backward_op(dy, dfinal, w, saved[6:], saved[:6], ctx.length, ctx.has_state, state_alone)
+        dstate = grads[-1] if ctx.has_state else None
+        return *((None,) * 6 if state_alone else grads[:6]), dstate, None
 
 
 BACKEND = Backend("torch", "chunked matrix products", wkv7, Supports())

@@ -1,0 +1,67 @@
+"""Operators in PyTorch as calls of their own: what they promise of sizes, and that nothing around them changes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkvpeft.ops import wkv5, wkv6, wkv7
+from rwkvpeft.ops.opaque import BODIES
+
+OPERATORS = {"wkv5": wkv5, "wkv6": wkv6, "wkv7": wkv7}
+
+
+class Calls(TorchDispatchMode):
+    """Every call of an operator of ours, with what it gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.namespace == "rwkvpeft":
+            self.seen.append((func, args, made))
+        return made
+
+
+def run(operator, tokens=37, *, state=True, frozen=(), dtype=torch.float32):
+    torch.manual_seed(1)
+    shape, heads, size = (2, tokens, 3, 8), 3, 8
+    names = "rwkvab" if operator == "wkv7" else "rkv"
+    given = {name: torch.randn(shape) / 2 for name in names}
+    if operator != "wkv7":
+        given |= {"w": torch.randn(shape if operator == "wkv6" else (heads, size)), "u": torch.randn(heads, size)}
+    if state:
+        given["state"] = torch.randn(2, heads, size, size)
+    given = {name: x.to(dtype).requires_grad_(name not in frozen) for name, x in given.items()}
+    y, final = OPERATORS[operator](**given, op="torch")
+    (y.float().sum() + final.float().square().sum()).backward()
+    return [y, final, *(x.grad for x in given.values())]
+
+
+def layout(made):
+    return [(x.shape, x.stride() if x.numel() else None, x.dtype) for x in made]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 37, 64])
+@pytest.mark.parametrize("frozen", ["", "rwkvabu"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_without_data_an_operator_makes_what_it_makes_of_data(operator, frozen, tokens, dtype):
+    with Calls() as calls:
+        run(operator, tokens, frozen=frozen, dtype=dtype)
+    assert {func._opname.rpartition("_")[2] for func, _, _ in calls.seen} == {"forward", "backward"}
+    for func, args, made in calls.seen:
+        without_data = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach().to("meta"), args)
+        assert layout(func(*without_data)) == layout(made)
+        assert layout(BODIES[func](*without_data)) == layout(made)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_changes_nothing_in_an_operator(operator):
+    expected = run(operator)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(operator)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
