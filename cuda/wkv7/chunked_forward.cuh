@@ -1,0 +1,112 @@
+// wkv7 forward over chunks of 16 tokens on tensor cores; the formulas are in chunked_tiles.cuh.
+//
+// Counted, not measured, for N = 64 and one chunk of one head: 128 threads; 226 products of 16x8x16 (0.93 MFLOP), of
+// which each warp does 56 or so; 10 KB of operands and 2 KB of values read or written, 8 KB of state saved when
+// training; 3 barriers of the block.
+#pragma once
+
+#include "chunked_tiles.cuh"
+
+namespace rwkvpeft {
+namespace wkv7_chunked {
+
+struct ForwardArguments {
+  const Bf16 *r, *w, *k, *v, *a, *b;  // (B, T, H, N); w is the decay's logit
+  const float* state;                 // (B, H, N, N) or null for zeros
+  Bf16* y;                            // (B, T, H, N)
+  float* final_state;                 // (B, H, N, N)
+  Bf16* saved;  // (B, H, chunks, N, N) in 8x8 blocks, each chunk's starting state times e^g; null when not training
+  long long length;
+  int heads;
+};
+
+template <int N>
+struct ForwardMemory {
+  alignas(16) Bf16 raw[5][Sizes<N>::RAW];  // r, w, k, a, b as they come
+  alignas(16) Bf16 v[2][Sizes<N>::TILE];
+  alignas(16) Bf16 p[2 * Sizes<N>::TILE];
+  alignas(16) Bf16 q[2 * Sizes<N>::TILE];
+  alignas(16) Bf16 square[2 * CHUNK * SQUARE_STRIDE];
+  alignas(16) Bf16 inverse[2 * CHUNK * INVERSE_STRIDE];
+  alignas(16) Bf16 stage[Sizes<N>::WARPS][CHUNK * STAGE_STRIDE];
+  alignas(16) float solve[CHUNK * SOLVE_STRIDE];
+  alignas(16) float enter[N];
+  alignas(16) float leave[N];
+};
+
+// Starts copying chunk `chunk`; its values go to the half of `v` that the chunk before does not use.
+template <int N>
+__device__ __forceinline__ void start_chunk(ForwardMemory<N>& memory, const ForwardArguments& given, long long chunk) {
+  const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+  start_copy<N, N>(memory.raw[0], given.r, window);
+  start_copy<N, N>(memory.raw[1], given.w, window);
+  start_copy<N, N>(memory.raw[2], given.k, window);
+  start_copy<N, N>(memory.raw[3], given.a, window);
+  start_copy<N, N>(memory.raw[4], given.b, window);
+  start_copy<N, Sizes<N>::STRIDE>(memory.v[chunk & 1], given.v, window);
+}
+
+// Keeps a warp's 16x16 piece of a state, rows `row` and on, keys `column` and on, in 8x8 blocks of 128 bytes.
+template <int N>
+__device__ __forceinline__ void save_block(Bf16* saved, const Block& block, int row, int column) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int tile = (row / 8 + (i & 1)) * (N / 8) + column / 8 + (i >> 1);
+    *reinterpret_cast<uint32_t*>(saved + tile * 64 + lane_id() * 2) = block.words[i];
+  }
+}
+
+template <int N>
+__global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) forward(ForwardArguments given) {
+  constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
+  ForwardMemory<N>& memory = *dynamic_shared<ForwardMemory<N>>();
+  const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first value channel
+  const long long chunks = (given.length + CHUNK - 1) / CHUNK;
+  const long long own_state = (static_cast<long long>(blockIdx.x) * N + mine) * N;
+
+  if (chunks > 0) start_chunk<N>(memory, given, 0);
+  Accumulator state[TILES];
+  load_state<N>(state, given.state == nullptr ? nullptr : given.state + own_state);
+
+  for (long long chunk = 0; chunk < chunks; ++chunk) {
+    const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+    device::wait_for_copies();
+    __syncthreads();  // the chunk is here; no warp reads the last one's P, Q, A or M any more
+    make_operands<N, false>(memory.p, memory.q, memory.enter, memory.leave, nullptr, memory.raw[0], memory.raw[1],
+                            memory.raw[2], memory.raw[3], memory.raw[4], window.tokens);
+    __syncthreads();  // P and Q are made, and the raw operands used up
+    if (chunk + 1 < chunks) start_chunk<N>(memory, given, chunk + 1);
+
+    make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
+    Accumulator y = zeros(), x = zeros();  // (values, tokens): what r and a read of the state
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) {
+      scale(state[j], memory.enter + 16 * j);
+      const Block keys = rounded(state[j]);
+      if (given.saved != nullptr) {
+        save_block<N>(given.saved + (blockIdx.x * chunks + chunk) * N * N, keys, mine, 16 * j);
+      }
+      add_product(y, keys, right_of_transposed<STRIDE>(memory.p + 16 * j));
+      add_product(x, keys, right_of_transposed<STRIDE>(memory.p + LOWER + 16 * j));
+    }
+    __syncthreads();  // A and M are made
+
+    const Block v = left_of_transposed<STRIDE>(memory.v[chunk & 1] + mine);
+    add_product(x, v, right_of_transposed<SQUARE_STRIDE>(memory.square + CHUNK * SQUARE_STRIDE));
+    const Block u = rounded(times_inverse<true>(x, memory.inverse));
+    add_product(y, v, right_of_transposed<SQUARE_STRIDE>(memory.square));
+    add_product(y, u, right_of_transposed<SQUARE_STRIDE>(memory.square + CHUNK));
+    store_transposed<STAGE_STRIDE>(memory.stage[warp], rounded(y));
+    send_staged<N>(given.y, memory.stage[warp], window, mine);
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) {
+      add_product(state[j], v, right<STRIDE>(memory.q + 16 * j));
+      add_product(state[j], u, right<STRIDE>(memory.q + LOWER + 16 * j));
+      scale(state[j], memory.leave + 16 * j);
+    }
+  }
+  store_state<N>(given.final_state + own_state, state);
+}
+
+}  // namespace wkv7_chunked
+}  // namespace rwkvpeft

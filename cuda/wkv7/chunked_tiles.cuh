@@ -1,0 +1,250 @@
+// What the chunked wkv7 kernels share: a chunk's operands, its 32x32 matrix of token against token, and its inverse.
+//
+// One block walks the chunks of one head. With L = 16 tokens to a chunk, c_t the sum of the chunk's log decays up to and
+// including token t, and g = c at the chunk's middle (c_7), a chunk has the operands
+//
+//     P = [r e^(c_t - g); a e^(c_(t-1) - g)]      Q = [k e^(g - c_t); b e^(g - c_t)]      (2L rows, N key channels)
+//     Z = [V; U]                                                                          (2L rows, N value channels)
+//
+// and, with the state at its start times e^g written S:
+//
+//     A = mask(P Q')       r rows see s <= t, a rows see s < t
+//     U = M (P_a S' + A_ak V),     M = (I - A_ab)^-1
+//     Y = P_r S' + A_r Z
+//     state after it = (S + Z' Q) e^(c_L - g)
+//
+// so every factor is a factor of P or Q and lies within e^(+-0.607 * 9) = 2e-2 .. 2.3e2; the diagonal of the
+// transition is applied in float. Products take bf16 operands and add in float; M is made in float by substitution
+// and used as a sum of two bf16, as is what it multiplies, because repeated keys make M badly conditioned.
+//
+// Warp w owns the value channels 16 w .. 16 w + 15 in everything that touches the state, which it keeps in registers
+// transposed as (16 values, N keys): rows of the state do not meet, so warps meet only over A, M and the operands.
+//
+// Source: the WY form of "RWKV-7 Goose" (arXiv 2503.14456), appendix on parallel training; the anchored factors are
+// the usual remedy for e^(-c) growing without bound.
+#pragma once
+
+#include "../common/mma.cuh"
+
+namespace rwkvpeft {
+namespace wkv7_chunked {
+
+constexpr int CHUNK = 16;
+constexpr int SQUARE_STRIDE = 2 * CHUNK + 8;   // of the 32x32 matrix A
+constexpr int INVERSE_STRIDE = CHUNK + 8;      // of M's two halves
+constexpr int SOLVE_STRIDE = CHUNK + 4;        // of A_ab in float, by columns
+constexpr int STAGE_STRIDE = CHUNK + 8;        // of a warp's 16x16 outgoing block
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float STRONGEST = -0.60653065971263342f;  // the log decay of a saturated logit
+
+template <int N>
+struct Sizes {
+  static_assert(N % 64 == 0, "the sums over columns deal out channels by 64");
+  static constexpr int WARPS = N / 16;
+  static constexpr int THREADS = 32 * WARPS;  // one for each half of each key channel
+  static constexpr int BLOCKS = N > 64 ? 1 : 3;  // that one multiprocessor should have registers for
+  static constexpr int STRIDE = N + 8;        // of tiles that products read
+  static constexpr int TILE = CHUNK * STRIDE;
+  static constexpr int RAW = CHUNK * N;  // elements of a chunk of an operand as it comes
+};
+
+// A chunk of tensors of (B, T, H, N) elements, contiguous.
+template <int N>
+struct Window {
+  long long first;  // element offset of (batch, chunk's first token, head, 0)
+  long long step;   // elements from a token to the next
+  int tokens;       // of the chunk that exist, at most CHUNK
+
+  __device__ __forceinline__ Window(int head_of_all, int heads, long long length, long long chunk)
+      : step(static_cast<long long>(heads) * N) {
+    const long long batch = head_of_all / heads, start = chunk * CHUNK;
+    first = (batch * length + start) * step + static_cast<long long>(head_of_all % heads) * N;
+    tokens = length - start < CHUNK ? static_cast<int>(length - start) : CHUNK;
+  }
+};
+
+// Starts copying a chunk to shared memory, zeros for tokens that do not exist or a tensor that is not given.
+template <int N, int STRIDE>
+__device__ __forceinline__ void start_copy(Bf16* shared, const Bf16* tensor, const Window<N>& window) {
+  const int token = threadIdx.x / (N / 8), channel = threadIdx.x % (N / 8) * 8;
+  const bool present = tensor != nullptr && token < window.tokens;
+  const Bf16* from = present ? tensor + window.first + token * window.step + channel : tensor;
+  device::copy_16_bytes(shared + token * STRIDE + channel, from, present);
+}
+
+__device__ __forceinline__ float gate(Bf16 logit) {
+  return device::reciprocal(1.f + device::exp2_of(-LOG2_E * to_float(logit)));
+}
+
+// Makes P and Q of a chunk, and what multiplies the state on entering (e^g) and on leaving it (e^(c_L - g)). Each
+// thread sums one channel's decays outwards from the middle, over one half of the tokens.
+// `exponents`, if KEPT, receives (c_(t-1) - g) log2(e) for t = 0 .. L, (CHUNK + 1, N).
+template <int N, bool KEPT>
+__device__ __forceinline__ void make_operands(Bf16* p, Bf16* q, float* enter, float* leave, float* exponents,
+                                              const Bf16* r, const Bf16* w, const Bf16* k, const Bf16* a,
+                                              const Bf16* b, int tokens) {
+  constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE;
+  const int channel = threadIdx.x % N;
+  const bool later = threadIdx.x >= N;
+  float sum = 0.f, factor = 1.f;  // of the decays between the middle and here, as an exponent and as e to it
+  if (KEPT && later) exponents[(CHUNK / 2) * N + channel] = 0.f;
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    const int token = later ? CHUNK / 2 + i : CHUNK / 2 - 1 - i;
+    const int raw = token * N + channel, at = token * STRIDE + channel;
+    const float decay = token < tokens ? STRONGEST * LOG2_E * gate(w[raw]) : 0.f;
+    const float next = later ? sum + decay : sum - decay;
+    const float next_factor = device::exp2_of(next);
+    const float after = later ? next_factor : factor, before = later ? factor : next_factor;
+    const float inverse = device::exp2_of(later ? -next : -sum);
+    p[at] = to_bf16(to_float(r[raw]) * after);
+    p[LOWER + at] = to_bf16(to_float(a[raw]) * before);
+    q[at] = to_bf16(to_float(k[raw]) * inverse);
+    q[LOWER + at] = to_bf16(to_float(b[raw]) * inverse);
+    if (KEPT) exponents[(later ? token + 1 : token) * N + channel] = next;
+    sum = next;
+    factor = next_factor;
+  }
+  if (later) {
+    leave[channel] = factor;
+  } else {
+    enter[channel] = device::exp2_of(-sum);
+  }
+}
+
+// Whether row (r or a, t) of A has something at column s of its 16x16 quadrant.
+__device__ __forceinline__ bool seen(bool a_row, int t, int s) { return a_row ? s < t : s <= t; }
+
+// The masked accumulator, rounded, to one quadrant of a 32x32 matrix.
+__device__ __forceinline__ void store_quadrant(Bf16* square, int quadrant, Accumulator sum) {
+  const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int t = row + ((i >> 1) & 1) * 8, s = column + (i & 1) + (i >> 2) * 8;
+    if (!seen(quadrant >= 2, t, s)) sum.of[i >> 2][i & 3] = 0.f;
+  }
+  store<SQUARE_STRIDE>(square + (quadrant >> 1) * CHUNK * SQUARE_STRIDE + (quadrant & 1) * CHUNK, rounded(sum));
+}
+
+// M = (I - A_ab)^-1 by forward substitution in float, one column to a lane; `solve` is CHUNK * SOLVE_STRIDE floats for
+// this warp alone. The lower half-warp writes M rounded to bf16, the upper one what rounding leaves.
+__device__ __forceinline__ void invert(Bf16* inverse, float* solve, const Accumulator& ab) {
+  const int row = lane_id() >> 2, first = (lane_id() & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int t = row + ((i >> 1) & 1) * 8, s = first + (i & 1) + (i >> 2) * 8;
+    solve[s * SOLVE_STRIDE + t] = ab.of[i >> 2][i & 3];
+  }
+  __syncwarp();
+  const int column = lane_id() & 15;
+  float x[CHUNK];
+#pragma unroll
+  for (int t = 0; t < CHUNK; ++t) x[t] = t == column ? 1.f : 0.f;
+#pragma unroll
+  for (int s = 0; s < CHUNK - 1; ++s) {
+    float below[CHUNK];
+#pragma unroll
+    for (int t = (s + 1) / 4 * 4; t < CHUNK; t += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(solve + s * SOLVE_STRIDE + t);
+      below[t] = four.x;
+      below[t + 1] = four.y;
+      below[t + 2] = four.z;
+      below[t + 3] = four.w;
+    }
+#pragma unroll
+    for (int t = s + 1; t < CHUNK; ++t) x[t] = fmaf(below[t], x[s], x[t]);
+  }
+  const bool rest = lane_id() >= 16;
+  Bf16* to = inverse + (rest ? CHUNK * INVERSE_STRIDE : 0) + column;
+#pragma unroll
+  for (int t = 0; t < CHUNK; ++t) {
+    const Bf16 coarse = to_bf16(x[t]);
+    to[t * INVERSE_STRIDE] = rest ? to_bf16(x[t] - to_float(coarse)) : coarse;
+  }
+}
+
+// A and M of a chunk: quadrants rk, rb, ak and ab are dealt out to the warps. A's quadrant ab is left as it was.
+template <int N>
+__device__ __forceinline__ void make_transition(Bf16* square, Bf16* inverse, float* solve, const Bf16* p,
+                                                const Bf16* q) {
+  constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE;
+  for (int quadrant = threadIdx.x / 32; quadrant < 4; quadrant += Sizes<N>::WARPS) {
+    Accumulator sum = zeros();
+#pragma unroll
+    for (int j = 0; j < N; j += 16) {
+      add_product(sum, left<STRIDE>(p + (quadrant >> 1) * LOWER + j),
+                  right_of_transposed<STRIDE>(q + (quadrant & 1) * LOWER + j));
+    }
+    if (quadrant == 3) {
+      invert(inverse, solve, sum);
+    } else {
+      store_quadrant(square, quadrant, sum);
+    }
+  }
+}
+
+// x M' (or x M, TRANSPOSED being false) in the precision of two bf16 each.
+template <bool TRANSPOSED>
+__device__ __forceinline__ Accumulator times_inverse(const Accumulator& x, const Bf16* inverse) {
+  const Bf16* rest = inverse + CHUNK * INVERSE_STRIDE;
+  const Block coarse = rounded(x), fine = remainder(x, coarse);
+  const Block m = TRANSPOSED ? right_of_transposed<INVERSE_STRIDE>(inverse) : right<INVERSE_STRIDE>(inverse);
+  const Block m_fine = TRANSPOSED ? right_of_transposed<INVERSE_STRIDE>(rest) : right<INVERSE_STRIDE>(rest);
+  Accumulator sum = zeros();
+  add_product(sum, coarse, m_fine);
+  add_product(sum, fine, m);
+  add_product(sum, coarse, m);
+  return sum;
+}
+
+// Multiplies the two 8-column tiles of keys that start at channel 16 j by a factor for each key.
+__device__ __forceinline__ void scale(Accumulator& state, const float* factors) {
+  const int column = (lane_id() & 3) * 2;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float2 two = *reinterpret_cast<const float2*>(factors + 8 * n + column);
+    state.of[n][0] *= two.x;
+    state.of[n][1] *= two.y;
+    state.of[n][2] *= two.x;
+    state.of[n][3] *= two.y;
+  }
+}
+
+// A warp's 16 rows of a (N, N) float state, read from or written to memory.
+template <int N>
+__device__ __forceinline__ void load_state(Accumulator (&state)[N / 16], const float* from) {
+  const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < N / 16 * 4; ++i) {
+    const int down = (i & 1) * 8, across = (i >> 1) * 8 + column;
+    float2 two = make_float2(0.f, 0.f);
+    if (from != nullptr) two = *reinterpret_cast<const float2*>(from + (row + down) * N + across);
+    state[i >> 2].of[(i >> 1) & 1][(i & 1) * 2] = two.x;
+    state[i >> 2].of[(i >> 1) & 1][(i & 1) * 2 + 1] = two.y;
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_state(float* to, const Accumulator (&state)[N / 16]) {
+  const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < N / 16 * 4; ++i) {
+    const float* two = &state[i >> 2].of[(i >> 1) & 1][(i & 1) * 2];
+    *reinterpret_cast<float2*>(to + (row + (i & 1) * 8) * N + (i >> 1) * 8 + column) = make_float2(two[0], two[1]);
+  }
+}
+
+// Sends a warp's staged (16 tokens, 16 channels) to memory in whole 32-byte sectors.
+template <int N>
+__device__ __forceinline__ void send_staged(Bf16* tensor, const Bf16* stage, const Window<N>& window, int channel) {
+  const int token = lane_id() >> 1, half = (lane_id() & 1) * 8;
+  __syncwarp();
+  if (token < window.tokens) {
+    *reinterpret_cast<uint4*>(tensor + window.first + token * window.step + channel + half) =
+        *reinterpret_cast<const uint4*>(stage + token * STAGE_STRIDE + half);
+  }
+  __syncwarp();  // before the stage is written again
+}
+
+}  // namespace wkv7_chunked
+}  // namespace rwkvpeft
