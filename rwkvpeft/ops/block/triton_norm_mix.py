@@ -25,31 +25,17 @@ from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.contract import Mixed, Norm
-from rwkvpeft.ops.block.triton_tiles import tokens_each
+from rwkvpeft.ops.block.triton_tiles import load_optional_row, load_row, store_row, tokens_each
 
 _MOST_MIXES = 6
 
 
 @triton.jit
-def _row(pointer, offset, cols, inside):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    return tl.load(pointer + offset + cols, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _optional_row(pointer, offset, cols, inside):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    if pointer is None:
-        row = cols.to(tl.float32) * 0.0
-    else:
-        row = tl.load(pointer + offset + cols, mask=inside, other=0.0).to(tl.float32)
-    return row
-
-
-@triton.jit
 def _residual_row(x, update, offset, cols, inside):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    row = _row(x, offset, cols, inside)
+    row = load_row(x, offset, cols, inside)
     if update is not None:
         # rounded as it is stored: the backward pass finds it so
-        row = (row + _row(update, offset, cols, inside)).to(x.dtype.element_ty).to(tl.float32)
+        row = (row + load_row(update, offset, cols, inside)).to(x.dtype.element_ty).to(tl.float32)
     return row
 
 
@@ -59,13 +45,13 @@ def _normed(row, weight, bias, cols, inside, C, eps):  # type: ignore[no-untyped
     away = tl.where(inside, row - mean, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(away * away, axis=0) / C + eps)
     # weight and bias are loaded for each token: they come from the cache, and the registers are needed for more warps
-    return away * scale * _row(weight, 0, cols, inside) + _row(bias, 0, cols, inside), mean, scale
+    return away * scale * load_row(weight, 0, cols, inside) + load_row(bias, 0, cols, inside), mean, scale
 
 
 @triton.jit
 def _mix(out, share, offset, cols, inside, row, towards):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    mixed = row + towards * _optional_row(share, 0, cols, inside)
-    tl.store(out + offset + cols, mixed.to(out.dtype.element_ty), mask=inside)
+    mixed = row + towards * load_optional_row(share, 0, cols, inside)
+    store_row(out, offset, cols, inside, mixed)
 
 
 @triton.jit(do_not_specialize=["T", "each"])
@@ -84,12 +70,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
     row = _residual_row(x, update, (first + tl.maximum(start - 1, 0)) * C, cols, inside)
     before, _, _ = _normed(row, weight, bias, cols, inside, C, eps)
-    before = tl.where(start > 0, before, _optional_row(last, batch.to(tl.int64) * C, cols, inside))
+    before = tl.where(start > 0, before, load_optional_row(last, batch.to(tl.int64) * C, cols, inside))
     for token in range(start, end):
         offset = (first + token) * C
         row = _residual_row(x, update, offset, cols, inside)
         if update is not None:
-            tl.store(residual + offset + cols, row.to(residual.dtype.element_ty), mask=inside)
+            store_row(residual, offset, cols, inside, row)
         row, mean, scale = _normed(row, weight, bias, cols, inside, C, eps)
         tl.store(stats + first + token, mean)
         tl.store(stats + tokens + first + token, scale)
@@ -107,14 +93,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
             _mix(out5, s5, offset, cols, inside, row, towards)
         before = row
     if end == T:
-        tl.store(after + batch.to(tl.int64) * C + cols, before.to(after.dtype.element_ty), mask=inside)
+        store_row(after, batch.to(tl.int64) * C, cols, inside, before)
 
 
 @triton.jit
 def _spread(grad, share, offset, cols, inside, own, passed):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Add what a mixture's gradient says of its token, and of the token before."""
-    row = _row(grad, offset, cols, inside)
-    part = row * _optional_row(share, 0, cols, inside)
+    row = load_row(grad, offset, cols, inside)
+    part = row * load_optional_row(share, 0, cols, inside)
     return own + (row - part), passed + part
 
 
@@ -157,22 +143,22 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     _, passed = _spread_all(
         g0, g1, g2, g3, g4, g5, s0, s1, s2, s3, s4, s5, (first + end) * C, cols, follows, zeros, COUNT
     )
-    passed += _optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
+    passed += load_optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
     for step in range(0, end - start):
         token = end - 1 - step
         offset = (first + token) * C
         own, passed = _spread_all(
             g0, g1, g2, g3, g4, g5, s0, s1, s2, s3, s4, s5, offset, cols, inside, passed, COUNT
         )
-        own *= _row(weight, 0, cols, inside)
+        own *= load_row(weight, 0, cols, inside)
         scale = tl.load(stats + tokens + first + token)
-        row = (_row(residual, offset, cols, inside) - tl.load(stats + first + token)) * scale
+        row = (load_row(residual, offset, cols, inside) - tl.load(stats + first + token)) * scale
         own = scale * (own - tl.sum(own, axis=0) / C - row * (tl.sum(own * row, axis=0) / C))
-        own += _optional_row(grad_residual, offset, cols, inside)
-        tl.store(grad_x + offset + cols, own.to(grad_x.dtype.element_ty), mask=inside)
+        own += load_optional_row(grad_residual, offset, cols, inside)
+        store_row(grad_x, offset, cols, inside, own)
     if grad_last is not None:
         if start == 0:
-            tl.store(grad_last + row_of_batch + cols, passed.to(grad_last.dtype.element_ty), mask=inside)
+            store_row(grad_last, row_of_batch, cols, inside, passed)
 
 
 @triton.jit
@@ -180,8 +166,8 @@ def _gather(  # type: ignore[no-untyped-def]  # noqa: ANN202
     grad, share, offset, cols, inside, row, before, towards, has_before, total, sum_gamma, sum_beta,  # noqa: ANN001
 ):
     """Add what a mixture's gradient at one token says of its share and of the norm's weight and bias."""
-    given = _row(grad, offset, cols, inside)
-    part = given * _optional_row(share, 0, cols, inside)
+    given = load_row(grad, offset, cols, inside)
+    part = given * load_optional_row(share, 0, cols, inside)
     sum_gamma += given * row + part * (before - row)
     sum_beta += given + part * (has_before - 1.0)
     return total + given * towards, sum_gamma, sum_beta
@@ -201,19 +187,19 @@ def _parameters_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     first = batch.to(tl.int64) * T
     tokens = tl.num_programs(1).to(tl.int64) * T
     row_of_batch = batch.to(tl.int64) * C
-    gamma = _row(weight, 0, cols, inside)
-    beta = _row(bias, 0, cols, inside)
-    before_all = _optional_row(last, row_of_batch, cols, inside)
+    gamma = load_row(weight, 0, cols, inside)
+    beta = load_row(bias, 0, cols, inside)
+    before_all = load_optional_row(last, row_of_batch, cols, inside)
     zeros = tl.zeros([BLOCK], tl.float32)
     sum_gamma, sum_beta, sum0, sum1, sum2, sum3, sum4, sum5 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
 
     # the normed token before, without weight and bias
     earlier = first + tl.maximum(start - 1, 0)
-    before = _row(residual, earlier * C, cols, inside) - tl.load(stats + earlier)
+    before = load_row(residual, earlier * C, cols, inside) - tl.load(stats + earlier)
     before = tl.where(start > 0, before * tl.load(stats + tokens + earlier), 0.0)
     for token in range(start, end):
         offset = (first + token) * C
-        row = (_row(residual, offset, cols, inside) - tl.load(stats + first + token))
+        row = (load_row(residual, offset, cols, inside) - tl.load(stats + first + token))
         row *= tl.load(stats + tokens + first + token)
         has_before = tl.where(token > 0, 1.0, 0.0)
         towards = tl.where(token > 0, before * gamma + beta, before_all) - (row * gamma + beta)
@@ -241,7 +227,7 @@ def _parameters_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
                 g5, s5, offset, cols, inside, row, before, towards, has_before, sum5, sum_gamma, sum_beta
             )
         before = row
-    given = _optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
+    given = load_optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
     sum_gamma += given * before
     sum_beta += given
 
