@@ -46,6 +46,7 @@ from rwkvpeft.config.groups import (
 )
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.memory import OVERHEAD_BYTES, expect
+from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import ModelShape, new_shape
 from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.ops.choose import choose_backend
@@ -165,7 +166,7 @@ def make_model(options: argparse.Namespace, shape: ModelShape, config: TrainConf
     )
     adapter.attach(model)
     place_model(model, "bf16", options.device)
-    model.checkpointing = bool(options.grad_cp)
+    model.recompute = LEVELS[options.grad_cp]
     return model.train()
 
 
@@ -263,7 +264,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=1024)
     parser.add_argument("--micro_bsz", type=int, default=1)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--grad_cp", type=int, default=1)
+    parser.add_argument("--grad_cp", choices=LEVELS, default="1")
     parser.add_argument("--op", default="auto")
     parser.add_argument("--optim", default="adam")
     parser.add_argument("--quant_double", action="store_true", help="with nf4: quantised scales")

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkvpeft.adapters.lora import LoraAdapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
@@ -118,7 +119,7 @@ def measure(options: argparse.Namespace, precision: str) -> None:
     model = make_model(options, dtype)
     if options.rank:
         LoraAdapter.from_settings({"r": options.rank, "lora_alpha": options.rank, "lora_dropout": 0.0}).attach(model)
-    model.checkpointing = bool(options.grad_cp)
+    model.recompute = LEVELS[options.grad_cp]
     tokens = torch.randint(1, options.vocab_size, (options.batch, options.ctx_len + 1), device=options.device)
     weights = torch.ones(options.batch, options.ctx_len, device=options.device)
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank; 0: full training")
-    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--grad_cp", choices=LEVELS, default="0")
     parser.add_argument("--op", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)

@@ -35,6 +35,7 @@ from rwkvpeft.memory import (
     training_outline,
     ways_out,
 )
+from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.ops.wkv7.chunked import wkv7
@@ -84,7 +85,7 @@ def real_model(shape, settings, weights=None):
     )
     if adapter is not None:
         adapter.attach(model)
-    model.checkpointing = bool(settings.runtime.grad_cp)
+    model.recompute = LEVELS[settings.runtime.grad_cp]
     return model.train()
 
 
@@ -123,7 +124,15 @@ def test_what_rests_in_memory_is_counted_as_a_real_run_has_it(peft, quant):
 
 @pytest.mark.parametrize(
     ("peft", "quant", "precision", "grad_cp"),
-    [("lora", "none", "fp32", 1), ("lora", "none", "fp32", 0), ("none", "none", "fp32", 1), ("miss", "fp8", "bf16", 1)],
+    [
+        ("lora", "none", "fp32", "1"),
+        ("lora", "none", "fp32", "selective"),
+        ("lora", "none", "fp32", "0"),
+        ("none", "none", "fp32", "1"),
+        ("none", "none", "fp32", "selective"),
+        ("miss", "fp8", "bf16", "1"),
+        ("miss", "fp8", "bf16", "selective"),
+    ],
 )
 def test_the_expected_peak_of_a_step_is_the_measured_one(peft, quant, precision, grad_cp):
     settings = config(peft, micro_bsz=1, ctx_len=256, quant=quant, precision=precision, grad_cp=grad_cp)
@@ -133,7 +142,7 @@ def test_the_expected_peak_of_a_step_is_the_measured_one(peft, quant, precision,
 
 
 @pytest.mark.parametrize("peft", ["none", "lora", "state"])
-@pytest.mark.parametrize("grad_cp", [0, 1])
+@pytest.mark.parametrize("grad_cp", LEVELS)
 def test_a_deep_model_is_expected_to_need_what_running_all_its_blocks_says(monkeypatch, peft, grad_cp):
     shape = replace(SMALL, n_layer=7)
     settings = config(peft, ctx_len=96, grad_cp=grad_cp, accumulate=2)
@@ -144,7 +153,10 @@ def test_a_deep_model_is_expected_to_need_what_running_all_its_blocks_says(monke
 
 
 @pytest.mark.parametrize("peft", ["none", *ADAPTERS])
-@pytest.mark.parametrize("settings", [{"grad_cp": 1}, {"grad_cp": 0, "precision": "fp32"}, {"accumulate": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"grad_cp": "1"}, {"grad_cp": "selective"}, {"grad_cp": "0", "precision": "fp32"}, {"accumulate": 4}],
+)
 def test_the_least_is_never_more_than_the_expected(peft, settings):
     settings = config(peft, **settings)
     assert least(SMALL, settings).total <= expected(SMALL, settings).total
@@ -170,7 +182,7 @@ def test_layers_below_the_first_trained_one_keep_nothing():
 
 
 def test_checkpointing_saves_activations():
-    assert expected(SMALL, config(grad_cp=1)).activations < 0.5 * expected(SMALL, config()).activations
+    assert expected(SMALL, config(grad_cp="1")).activations < 0.5 * expected(SMALL, config()).activations
 
 
 def test_an_optimizer_with_small_moments_is_told_from_adam():
@@ -188,7 +200,7 @@ def test_a_run_that_cannot_fit_is_refused_with_ways_out():
 
 
 def test_a_base_too_large_for_an_adapter_can_be_quantised():
-    settings = config("lora", micro_bsz=1, ctx_len=512, grad_cp=1)
+    settings = config("lora", micro_bsz=1, ctx_len=512, grad_cp="1")
     assert ways_out(settings, least(SEVEN_B, settings)) == ["--quant nf4"]
     assert ways_out(replace(settings, method=replace(settings.method, quant="nf4"))) == []
 

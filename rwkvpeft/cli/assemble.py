@@ -28,8 +28,17 @@ from rwkvpeft.config.groups import MethodConfig, ModelConfig, RuntimeConfig, Tra
 from rwkvpeft.config.layer_profile import read_layer_profile, with_states
 from rwkvpeft.config.resolve import Machine
 from rwkvpeft.errors import UserError
-from rwkvpeft.memory import check_memory
+from rwkvpeft.memory import (
+    LevelChoice,
+    NoOutline,
+    Programs,
+    check_memory,
+    choose_level,
+    expect_levels,
+    free_memory,
+)
 from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.choose import Choice, choose_backend
@@ -165,6 +174,25 @@ def check_fits(base: Base, config: TrainConfig) -> None:
     check_memory(base.shape, config, partial(make_adapter, config.method), base.packed)
 
 
+def choose_recompute(base: Base, config: TrainConfig, wkv: Choice) -> LevelChoice:
+    """What of the activations is computed twice; for ``--grad_cp auto`` by the memory that is free now.
+
+    Raises: UserError if the settings do not suit the sizes.
+    """
+    device = local_device(config.runtime)
+    if config.runtime.grad_cp != "auto":
+        return choose_level({}, config, free=None, device_type=device.type)
+    try:
+        levels = expect_levels(base.shape, config, partial(make_adapter, config.method), base.packed, _programs(wkv))
+    except NoOutline:
+        levels = {}
+    return choose_level(levels, config, free=free_memory(device), device_type=device.type)
+
+
+def _programs(wkv: Choice) -> Programs:
+    return Programs()
+
+
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
     """The settings of a run all of whose rows are as long as the longest document, which some row will be."""
     assert config.data.ctx_len is not None
@@ -209,7 +237,7 @@ def build_for_training(
 ) -> Rwkv:
     """Load the model, its linears quantised if so asked, and make trainable what the method trains.
 
-    ``start`` holds the adapter's first values, if they are not new ones.
+    ``start`` holds the adapter's first values, if they are not new ones. ``--grad_cp`` has been decided.
     Raises: UserError if the checkpoint or the adapter file does not fit.
     """
     model = build_model(base.shape, wkv.run, head_size_divisor=config.model.head_size_divisor)
@@ -227,7 +255,7 @@ def build_for_training(
         quantiser=make_quantiser(base, config, adapter),
         prepare=_prepare_on(local_device(config.runtime), adapter) if adapter else None,
     )
-    model.checkpointing = bool(config.runtime.grad_cp)
+    model.recompute = LEVELS[config.runtime.grad_cp]
     for block in model.blocks:
         block.dropout = config.method.dropout  # type: ignore[assignment]
     if adapter is None:

@@ -126,10 +126,13 @@ def _lines(
 ) -> list[str]:
     from rwkvpeft.checkpoints.quantised import quantisation_in_run
     from rwkvpeft.cli.assemble import make_adapter
-    from rwkvpeft.memory import count_parameters, expect, least_need
+    from rwkvpeft.memory import choose_level, count_parameters, expect_levels, least_need, with_level
 
     method = config.method
-    need = expect(shape, config, partial(make_adapter, method), packed)
+    levels = expect_levels(shape, config, partial(make_adapter, method), packed)
+    recompute = choose_level(levels, config, free=available, device_type=device_type)
+    config = with_level(config, recompute.grad_cp)
+    need = levels[recompute.grad_cp]
     least = least_need(shape, config, partial(make_adapter, method), packed)
     total, trained = count_parameters(shape), need.trained // 4
     quant = quantisation_in_run(method, packed).quant
@@ -140,9 +143,11 @@ def _lines(
         f"method: {_method(config)}, {trained / 1e6:,.2f} M trained ({100 * trained / total:.1f} %)"
         + (f", base in {quant}" if quant != "none" else ""),
         *_run_lines(shape, config),
+        f"computed twice: {recompute.report}",
         f"memory on the device, {config.runtime.precision}, at the worst moment of a step:",
         *(f"  {_TERMS[name]:26}{_gb(size):>9}" for name, size in need._asdict().items()),
         *_verdict(need.total, least.total, config, device_type, available),
+        "in all with --grad_cp " + ", ".join(f"{name} {_gb(level.total)}" for name, level in levels.items()),
     ]
 
 

@@ -10,6 +10,7 @@ from rwkvpeft.config.groups import TrainConfig
 if TYPE_CHECKING:
     from rwkvpeft.cli.assemble import Base
     from rwkvpeft.data.datamodule import TrainingData
+    from rwkvpeft.memory import LevelChoice
     from rwkvpeft.models.backbone import Rwkv
     from rwkvpeft.ops.choose import Choice
     from rwkvpeft.training.fit import FitResult
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 
 
-def start_lines(config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, operator: Choice) -> list[str]:
+def start_lines(
+    config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, operator: Choice, recompute: LevelChoice
+) -> list[str]:
     """One line for each thing a user may want to stop the run for."""
     runtime = config.runtime
     schedule = config.schedule
@@ -29,6 +32,7 @@ def start_lines(config: TrainConfig, base: Base, model: Rwkv, data: TrainingData
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
         f"strategy {runtime.strategy}",
         f"operator: {operator.report}",
+        f"computed twice: {recompute.report}",
         f"output: {config.output.proj_dir}",
     ]
 

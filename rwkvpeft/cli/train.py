@@ -51,6 +51,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
+    from rwkvpeft.memory import with_level
     from rwkvpeft.training.fit import fit
     from rwkvpeft.training.optimizers.contract import find_optimizer
     from rwkvpeft.training.strategies import find_device, trainer_arguments
@@ -65,8 +66,10 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     assemble.check_fits(base, config)
     assert config.data.ctx_len is not None
     dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
+    longest = config
     if config.data.dataload == "only":
-        assemble.check_fits(base, assemble.with_longest_row(config, dataset.report().longest))
+        longest = assemble.with_longest_row(config, dataset.report().longest)
+        assemble.check_fits(base, longest)
     if config.data.preview:
         print(preview(dataset, config.data.preview, color=sys.stdout.isatty()))
         return 0
@@ -77,8 +80,9 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         adapter.take_constants(point.constants())
     # on a GPU this compiles and measures: after everything that may be refused at once
     operator, more = assemble.choose_operator(base.shape, config)
-    model = assemble.build_for_training(base, config, operator, adapter, start)
-    for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator)]:
+    recompute = assemble.choose_recompute(base, longest, operator)
+    model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), operator, adapter, start)
+    for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator, recompute)]:
         _say(line)
     if _is_first_process():
         assemble.write_constants(config, adapter, model)

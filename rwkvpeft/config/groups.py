@@ -167,7 +167,12 @@ class RuntimeConfig:
         help="arithmetic; by machine: bf16 on a GPU that has it, otherwise fp32",
         choices=("fp32", "tf32", "bf16", "fp16"),
     )
-    grad_cp: int = flag(0, help="1: recompute activations in backward, less memory, more time", choices=("0", "1"))
+    grad_cp: str = flag(
+        "0",
+        help="what of the activations is computed twice to save memory; 0: nothing; selective: all but large products "
+        "and the recurrence; 1: whole blocks; auto: the first of these that fits. The results are the same",
+        choices=("0", "selective", "1", "auto"),
+    )
     op: str = flag(
         "auto",
         help="which program computes the WKV recurrence; auto: the fastest that can, measured on a GPU; any other: "

@@ -1,7 +1,7 @@
 """The peak to expect of a run on one device, by what takes it.
 
-Tensors alone: ``OVERHEAD_BYTES`` come on top, and the allocator's slack, a few percent. The WKV operator
-is the one in plain PyTorch.
+Tensors alone: ``OVERHEAD_BYTES`` come on top, and the allocator's slack, a few percent. Programs that PyTorch cannot
+look into are counted by what they take and give.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.memory.dry_run import Moment, run_step
 from rwkvpeft.memory.outline import (
     FEW,
+    PLAIN_PROGRAMS,
     UNPACKED,
     MakeAdapter,
+    Programs,
     continued,
     counts_of,
     layers_are_alike,
@@ -28,10 +30,6 @@ from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.registry import OPTIMIZERS, find
 
 _CPU_LOGIT_ROWS = 256
-
-OVERHEAD_BYTES = {"cuda": 500_000_000, "cpu": 500_000_000}
-"""About what is there beside tensors: a CUDA context with its libraries; on a CPU the interpreter with PyTorch and
-Lightning."""
 
 
 class Expected(NamedTuple):
@@ -55,7 +53,11 @@ class Expected(NamedTuple):
 
 
 def expect(
-    shape: ModelShape, config: TrainConfig, make_adapter: MakeAdapter, packed: Quantisation = UNPACKED
+    shape: ModelShape,
+    config: TrainConfig,
+    make_adapter: MakeAdapter,
+    packed: Quantisation = UNPACKED,
+    programs: Programs = PLAIN_PROGRAMS,
 ) -> Expected:
     """What a run with these settings will need. Rows are taken to be ``ctx_len`` long.
 
@@ -64,13 +66,14 @@ def expect(
 
     Args:
         packed: how the base's own file stores its large linears.
+        programs: what the run computes with.
     Raises: UserError if the settings do not suit the sizes; NoOutline.
     """
     counts = counts_of(shape, config, make_adapter, packed)
 
     def step(layers: int) -> dict[str, Moment]:
         part = replace(shape, n_layer=layers)
-        return _step(training_outline(part, config, make_adapter(part), packed), config)
+        return _step(training_outline(part, config, make_adapter(part), packed, programs), config)
 
     if not layers_are_alike(config) or shape.n_layer <= FEW + 1:
         moments = step(shape.n_layer)

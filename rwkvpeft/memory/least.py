@@ -18,8 +18,8 @@ from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.registry import OPTIMIZERS, find
 
 _LOGIT_ROWS = 256
-# (B, T, C) tensors a block keeps for its backward pass, however well its parts are written
-_KEPT_PER_BLOCK = 12
+# (B, T, C) tensors a block keeps for its backward pass, however well its parts are written, by --grad_cp
+_KEPT_PER_BLOCK = {"0": 12, "selective": 8, "1": 1, "auto": 1}
 _SHORT_CONTEXT = 512
 
 
@@ -58,7 +58,7 @@ def least_need(
     numbers = DTYPES[config.runtime.precision or "fp32"].itemsize
     tokens = 1 if config.data.dataload == "only" else config.data.ctx_len or 1
     rows = config.schedule.micro_bsz * tokens
-    kept = counts.layers * (1 if config.runtime.grad_cp else _KEPT_PER_BLOCK)
+    kept = counts.layers * _KEPT_PER_BLOCK[config.runtime.grad_cp]
     return Least(
         weights=counts.frozen_bytes + 4 * counts.trained,
         optimizer=counts.trained * find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
@@ -109,7 +109,7 @@ def ways_out(config: TrainConfig, need: Least | None = None) -> list[str]:
     if schedule.micro_bsz > 1:
         batches = schedule.micro_bsz * schedule.accumulate_grad_batches
         ways.append(f"--micro_bsz 1 --accumulate_grad_batches {batches}")
-    if not runtime.grad_cp:
+    if runtime.grad_cp in ("0", "selective"):
         ways.append("--grad_cp 1")
     if runtime.precision in ("fp32", "tf32") and method.peft != "none":
         ways.append("--precision bf16")

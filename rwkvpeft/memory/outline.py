@@ -22,8 +22,11 @@ from rwkvpeft.checkpoints.quantised import Quantisation, Quantiser, quantisation
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import ModelShape
-from rwkvpeft.ops.contract import Backend
+from rwkvpeft.ops.block.contract import BlockOps
+from rwkvpeft.ops.block.plain import PLAIN
+from rwkvpeft.ops.contract import Backend, Wkv
 from rwkvpeft.quantization.format import Format
 from rwkvpeft.quantization.linear import QuantizedLinear
 from rwkvpeft.registry import BACKENDS, find
@@ -35,6 +38,15 @@ UNPACKED = Quantisation()
 
 # blocks that are looked at to learn what one more of them adds
 FEW = 3
+
+class Programs(NamedTuple):
+    """What computes the WKV recurrence (None: the program in PyTorch) and the rest of a block."""
+
+    wkv: Wkv | None = None
+    block: BlockOps = PLAIN
+
+
+PLAIN_PROGRAMS = Programs()
 
 MakeAdapter = Callable[[ModelShape], Adapter | None]
 """Makes a new adapter for a model of that shape; None for full training."""
@@ -58,23 +70,33 @@ class Counts(NamedTuple):
 
 def count_parameters(shape: ModelShape) -> int:
     """Numbers in a model of that shape."""
+    return sum(parameter.numel() for parameter in build_model(shape, _in_pytorch(shape)).parameters())
+
+
+def _in_pytorch(shape: ModelShape) -> Wkv:
     operator: Backend = find(BACKENDS[operator_of(shape)], "torch", flag="--op")
-    return sum(parameter.numel() for parameter in build_model(shape, operator.run).parameters())
+    return operator.run
 
 
 def training_outline(
-    shape: ModelShape, config: TrainConfig, adapter: Adapter | None, packed: Quantisation = UNPACKED
+    shape: ModelShape,
+    config: TrainConfig,
+    adapter: Adapter | None,
+    packed: Quantisation = UNPACKED,
+    programs: Programs = PLAIN_PROGRAMS,
 ) -> Rwkv:
     """The model as a training run would have it, on PyTorch's device ``meta``.
 
     Args:
         adapter: a new one, which belongs to the outline afterwards; None for full training.
         packed: how the base's own file stores its large linears.
+        programs: what the run computes with; they must run on tensors without data.
     Raises: UserError if the settings do not suit the sizes; NoOutline.
     """
     dtype = DTYPES[config.runtime.precision or "fp32"]
-    operator: Backend = find(BACKENDS[operator_of(shape)], "torch", flag="--op")
-    model = build_model(shape, operator.run, head_size_divisor=config.model.head_size_divisor)
+    wkv = programs.wkv or _in_pytorch(shape)
+    divisor = config.model.head_size_divisor
+    model = build_model(shape, wkv, head_size_divisor=divisor, block_ops=programs.block)
     weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
     stored = quantisation_in_run(config.method, packed)
     quantiser = None if adapter is None or stored.quant == "none" else _Outliner(*stored, keep=adapter.trains)
@@ -86,7 +108,7 @@ def training_outline(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.checkpointing = bool(config.runtime.grad_cp)
+    model.recompute = LEVELS[config.runtime.grad_cp]
     for block in model.blocks:
         block.dropout = config.method.dropout  # type: ignore[assignment]
     return model.train()

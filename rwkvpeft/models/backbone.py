@@ -6,16 +6,17 @@ Letters: B batch, T tokens, C channels, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rwkvpeft.models.channel_mix import ChannelMixing
 from rwkvpeft.models.initialise import shared_weights
 from rwkvpeft.models.layers import LayerNorm, Linear
+from rwkvpeft.models.recompute import Level, run_block
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
 from rwkvpeft.ops.block.contract import BlockOps
@@ -99,8 +100,8 @@ class Rwkv(nn.Module):
     A version says what its blocks are made of: ``time_mix(shape, wkv, head_size_divisor, ops)``,
     ``channel_mix(shape, ops)``, and its untrained tensors, ``initial_block(shape, layer)``.
 
-    ``compute_dtype`` is the dtype of the activations; ``checkpointing`` recomputes each block's activations in the
-    backward pass.
+    ``compute_dtype`` is the dtype of the activations; ``recompute`` says what of a block's activations the backward
+    pass computes again.
     """
 
     time_mix: ClassVar[type[Any]]
@@ -118,7 +119,7 @@ class Rwkv(nn.Module):
         blocks = [block(layer) for layer in range(shape.n_layer)]
         self.shape = shape
         self.compute_dtype = torch.float32
-        self.checkpointing = False
+        self.recompute: Level = "none"
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = LayerNorm(shape.n_embd)
@@ -150,13 +151,25 @@ class Rwkv(nn.Module):
         x = self.emb(tokens).to(self.compute_dtype)
         first_value: Tensor | None = None
         after = []
-        for block, block_state in zip(self.blocks, blocks, strict=True):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x, first_value, left = checkpoint(block, x, first_value, block_state, use_reentrant=False)
-            else:
-                x, first_value, left = block(x, first_value, block_state)
+        differentiates = torch.is_grad_enabled()
+        first = self._first_trained(x, blocks) if differentiates else 0
+        level = self.recompute if self.training and differentiates else "none"
+        for layer, (block, block_state) in enumerate(zip(self.blocks, blocks, strict=True)):
+            with torch.set_grad_enabled(differentiates and layer >= first):
+                used = "none" if layer < first else level
+                x, first_value, left = run_block(block, used, x, first_value, block_state)
             after.append(left)
         return self.ln_out(x), RecurrentState(tuple(after))
+
+    def _first_trained(self, x: Tensor, states: tuple[BlockState, ...]) -> int:
+        """The first block that a gradient reaches: nothing of those before it need be kept."""
+        if x.requires_grad:
+            return 0
+        for layer, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            given = [tensor for tensor in state if tensor is not None]
+            if any(tensor.requires_grad for tensor in chain(given, block.parameters())):
+                return layer
+        return len(self.blocks)
 
     def forward(self, tokens: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """Logits (B, T, V) of the token after each token, and the state after the last one. See ``hidden``."""
