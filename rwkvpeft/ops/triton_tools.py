@@ -51,3 +51,63 @@ def dot_mode(dtype: torch.dtype) -> str:
     if interpreted():
         return "fp32"
     return {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(dtype, "tf32x3")
+
+
+@triton.jit
+def place_of_chunk(chunks, chunk, tokens, per_row, L: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """First token of a chunk of at most ``L`` tokens, int64, counted through all rows; and how many tokens it holds.
+
+    Args:
+        chunks: the table of ``Sequences.chunk_tables``, if ``PACKED``.
+        tokens, per_row: T of a row and its chunks, if not.
+    """
+    if PACKED:
+        first = tl.load(chunks + chunk * 3 + 1).to(tl.int64)
+        count = tl.load(chunks + chunk * 3 + 2)
+    else:
+        start = (chunk % per_row) * L
+        first = (chunk // per_row).to(tl.int64) * tokens + start
+        count = tl.minimum(tokens - start, L)
+    return first, count
+
+
+@triton.jit
+def chunks_of_sequence(first, sequence, per_row, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """The first chunk of a sequence (or of a row, if not ``PACKED``), and the first that is no longer its own."""
+    if PACKED:
+        begin = tl.load(first + sequence)
+        end = tl.load(first + sequence + 1)
+    else:
+        begin = sequence * per_row
+        end = begin + per_row
+    return begin, end
+
+
+@triton.jit
+def load_tokens(pointer, first, count, head, heads, L: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """A head's channels of ``count`` tokens of a contiguous (tokens, H, N) tensor: (L, N) in fp32, zeros behind them."""
+    token = tl.arange(0, L)[:, None]
+    place = (first * heads + head) * N + token * (heads * N) + tl.arange(0, N)[None, :]
+    return tl.load(pointer + place, mask=token < count, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tokens(pointer, values, first, count, head, heads, L: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Write what ``load_tokens`` reads, in the dtype of ``pointer``."""
+    token = tl.arange(0, L)[:, None]
+    place = (first * heads + head) * N + token * (heads * N) + tl.arange(0, N)[None, :]
+    tl.store(pointer + place, values.to(pointer.dtype.element_ty), mask=token < count)
+
+
+@triton.jit
+def load_block(pointer, block, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Matrix ``block`` (int64) of a contiguous (blocks, R, C) tensor, in the tensor's dtype."""
+    place = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    return tl.load(pointer + block * (R * C) + place)
+
+
+@triton.jit
+def store_block(pointer, values, block, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Write what ``load_block`` reads, in the dtype of ``pointer``."""
+    place = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(pointer + block * (R * C) + place, values.to(pointer.dtype.element_ty))
