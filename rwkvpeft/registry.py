@@ -38,6 +38,12 @@ BACKENDS: dict[str, dict[str, str]] = {
     },
 }
 
+BLOCK_OPS: dict[str, str] = {
+    "triton": "rwkvpeft.ops.block.triton_ops:TRITON",
+    "torch": "rwkvpeft.ops.block.plain:PLAIN",
+}
+"""What computes a block beside its matrix products and its WKV operator, the fastest first."""
+
 ADAPTERS: dict[str, str] = {
     "lora": "rwkvpeft.adapters.lora:LoraAdapter",
     "dora": "rwkvpeft.adapters.lora:DoraAdapter",

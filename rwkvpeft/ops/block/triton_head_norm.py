@@ -109,7 +109,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
 def head_norm_forward(
     read: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, bonus: list[Tensor], eps: float
 ) -> Tensor:
-    """Launch the forward kernel; all tensors contiguous, T > 0. ``bonus``: r, k, v and r_k (v7), or nothing (v5, v6)."""
+    """Launch the forward kernel; all tensors contiguous, T > 0.
+
+    Args:
+        bonus: r, k, v and r_k (v7), or nothing (v5, v6).
+    """
     batch, tokens, heads, size = read.shape
     out = torch.empty_like(gate)
     r, k, v, r_k = bonus or (None,) * 4
@@ -189,7 +193,7 @@ class _HeadNorm(torch.autograd.Function):
         return head_norm_forward(read, gate, weight, bias, list(bonus), eps)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         read, gate, weight, bias, *bonus = ctx.saved_tensors
         wanted = ctx.needs_input_grad

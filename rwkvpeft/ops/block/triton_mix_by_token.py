@@ -109,7 +109,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         sum4 += grad * towards
         store_row(grad_x, offset, cols, inside, own)
         row = before
-    if grad_last is not None:
+    if grad_last is not None:  # noqa: SIM102 where it is None, the compiler must not see what is inside
         if start == 0:
             store_row(grad_last, batch * C, cols, inside, passed)
     if partial is not None:
@@ -193,7 +193,7 @@ class _MixByToken(torch.autograd.Function):
         return tuple(mix_by_token_forward(x, last, shares, mixes))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, last, shares, *mixes = ctx.saved_tensors
         wanted = ctx.needs_input_grad

@@ -156,7 +156,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         own = scale * (own - tl.sum(own, axis=0) / C - row * (tl.sum(own * row, axis=0) / C))
         own += load_optional_row(grad_residual, offset, cols, inside)
         store_row(grad_x, offset, cols, inside, own)
-    if grad_last is not None:
+    if grad_last is not None:  # noqa: SIM102 where it is None, the compiler must not see what is inside
         if start == 0:
             store_row(grad_last, row_of_batch, cols, inside, passed)
 
@@ -282,9 +282,9 @@ def norm_mix_forward(
     mixed, (after, stats) = results[: len(mixes)], results[len(mixes) : len(mixes) + 2]
     each = tokens_each(batch, tokens, programs=2048)
     block = triton.next_power_of_2(channels)
+    residual = None if update is None else results[-1]
     _forward_kernel[(triton.cdiv(tokens, each), batch)](
-        x, update, results[-1] if update is not None else None, weight, bias, last, *_six(mixes), *_six(mixed, mixed[0]),
-        after, stats, tokens, channels, eps, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
+        x, update, residual, weight, bias, last, *_six(mixes), *_six(mixed, mixed[0]), after, stats, tokens, channels, eps, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
     )
     return results
 
@@ -341,8 +341,8 @@ def norm_mix_backward(
     block = triton.next_power_of_2(channels)
     shares, given = _six(mixes), _six(grads, grads[0])
     _backward_kernel[(triton.cdiv(tokens, each), batch)](
-        residual, stats, weight, *shares, *given, grad_residual, grad_after, results[0], grad_last, tokens, channels, each,
-        COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
+        residual, stats, weight, *shares, *given, grad_residual, grad_after, results[0], grad_last, tokens, channels,
+        each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
     )
     if not trained:
         return results
@@ -406,7 +406,7 @@ class _NormMix(torch.autograd.Function):
         return (x.view_as(x) if update is None else residual, after, *mixed)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(
         ctx: Any, grad_residual: Tensor | None, grad_after: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -421,9 +421,10 @@ class _NormMix(torch.autograd.Function):
         )
         grad_x, sums = results[0], results[-1]
         grad_last = results[1] if last is not None and wanted[4] else None
+        of_parameters = zip((weight, bias, *mixes), (*wanted[2:4], *wanted[6:]), strict=True)
         parameters = [
             sums[row].view(parameter.shape).to(parameter.dtype) if needed else None
-            for row, (parameter, needed) in enumerate(zip((weight, bias, *mixes), (*wanted[2:4], *wanted[6:]), strict=True))
+            for row, (parameter, needed) in enumerate(of_parameters)
         ]
         return (
             grad_x if wanted[0] else None, grad_x if wanted[1] else None, *parameters[:2], grad_last, None,

@@ -1,7 +1,7 @@
 """The squared ReLU and the gate of the channel mixing.
 
-Of the squared ReLU only the result is kept, which its root tells enough of: d relu(x)² = 2 sqrt(relu(x)²) dx. In 16 bits
-the root of the rounded square is off by a quarter of the last bit.
+Of the squared ReLU only the result is kept, whose root tells enough: d relu(x)² = 2 sqrt(relu(x)²) dx. In 16 bits the root
+of the rounded square is off by a quarter of the last bit.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _SquaredRelu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
         return squared_relu_backward(out, grad.contiguous())
@@ -139,7 +139,7 @@ class _GateValue(torch.autograd.Function):
         return gate_value_forward(gate, value)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
         grad_gate, grad_value = gate_value_backward(gate, value, grad.contiguous())

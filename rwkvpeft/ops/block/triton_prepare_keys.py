@@ -228,7 +228,7 @@ class _PrepareKeys(torch.autograd.Function):
         return tuple(prepare_keys_forward(*inputs, list(parameters), heads))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         key, value, rate_logit, first_value, share_logit, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad
@@ -241,7 +241,7 @@ class _PrepareKeys(torch.autograd.Function):
         results = [None, grad_key, grad_value, grad_rate, grad_first, grad_share]
         if any(wanted[6:]):
             sums = [row.view(p.shape).to(p.dtype) for row, p in zip(rest[-1], parameters, strict=True)]
-            results += sums[:3] + [sums[3] if first_value is not None else None]
+            results += [*sums[:3], sums[3] if first_value is not None else None]
         return tuple(grad if needed else None for grad, needed in zip_longest(results, wanted))
 
 
