@@ -56,11 +56,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const Bf16* 
   }
 }
 
-// Starts copying 16 bytes to shared memory; zeros instead when not `present`. Both addresses are multiples of 16.
-__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global, bool present) {
+// Starts copying 16 bytes to shared memory. Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = present ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global) : "memory");
 }
 
 // Waits for the copies this thread started.

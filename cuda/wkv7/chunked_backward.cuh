@@ -78,7 +78,7 @@ __device__ __forceinline__ void start_values(BackwardMemory<N>& memory, const Ba
 #pragma unroll
   for (int piece = threadIdx.x; piece < N * N / 8; piece += Sizes<N>::THREADS) {  // a row of an 8x8 block
     const int tile = piece / 8, row = tile / (N / 8) * 8 + piece % 8, column = tile % (N / 8) * 8;
-    device::copy_16_bytes(memory.state + row * STRIDE + column, saved + piece * 8, true);
+    device::copy_16_bytes(memory.state + row * STRIDE + column, saved + piece * 8);
   }
 }
 

@@ -67,9 +67,12 @@ struct Window {
 template <int N, int STRIDE>
 __device__ __forceinline__ void start_copy(Bf16* shared, const Bf16* tensor, const Window<N>& window) {
   const int token = threadIdx.x / (N / 8), channel = threadIdx.x % (N / 8) * 8;
-  const bool present = tensor != nullptr && token < window.tokens;
-  const Bf16* from = present ? tensor + window.first + token * window.step + channel : tensor;
-  device::copy_16_bytes(shared + token * STRIDE + channel, from, present);
+  Bf16* to = shared + token * STRIDE + channel;
+  if (tensor != nullptr && token < window.tokens) {
+    device::copy_16_bytes(to, tensor + window.first + token * window.step + channel);
+  } else {
+    *reinterpret_cast<uint4*>(to) = make_uint4(0u, 0u, 0u, 0u);
+  }
 }
 
 __device__ __forceinline__ float gate(Bf16 logit) {
@@ -86,21 +89,30 @@ __device__ __forceinline__ void make_operands(Bf16* p, Bf16* q, float* enter, fl
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE;
   const int channel = threadIdx.x % N;
   const bool later = threadIdx.x >= N;
+  Bf16 mine[5][CHUNK / 2];  // all loads first: the compiler may not move them over the stores below
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    const int raw = (later ? CHUNK / 2 + i : CHUNK / 2 - 1 - i) * N + channel;
+    mine[0][i] = r[raw];
+    mine[1][i] = w[raw];
+    mine[2][i] = k[raw];
+    mine[3][i] = a[raw];
+    mine[4][i] = b[raw];
+  }
   float sum = 0.f, factor = 1.f;  // of the decays between the middle and here, as an exponent and as e to it
   if (KEPT && later) exponents[(CHUNK / 2) * N + channel] = 0.f;
 #pragma unroll
   for (int i = 0; i < CHUNK / 2; ++i) {
-    const int token = later ? CHUNK / 2 + i : CHUNK / 2 - 1 - i;
-    const int raw = token * N + channel, at = token * STRIDE + channel;
-    const float decay = token < tokens ? STRONGEST * LOG2_E * gate(w[raw]) : 0.f;
+    const int token = later ? CHUNK / 2 + i : CHUNK / 2 - 1 - i, at = token * STRIDE + channel;
+    const float decay = token < tokens ? STRONGEST * LOG2_E * gate(mine[1][i]) : 0.f;
     const float next = later ? sum + decay : sum - decay;
     const float next_factor = device::exp2_of(next);
     const float after = later ? next_factor : factor, before = later ? factor : next_factor;
     const float inverse = device::exp2_of(later ? -next : -sum);
-    p[at] = to_bf16(to_float(r[raw]) * after);
-    p[LOWER + at] = to_bf16(to_float(a[raw]) * before);
-    q[at] = to_bf16(to_float(k[raw]) * inverse);
-    q[LOWER + at] = to_bf16(to_float(b[raw]) * inverse);
+    p[at] = to_bf16(to_float(mine[0][i]) * after);
+    p[LOWER + at] = to_bf16(to_float(mine[3][i]) * before);
+    q[at] = to_bf16(to_float(mine[2][i]) * inverse);
+    q[LOWER + at] = to_bf16(to_float(mine[4][i]) * inverse);
     if (KEPT) exponents[(later ? token + 1 : token) * N + channel] = next;
     sum = next;
     factor = next_factor;
