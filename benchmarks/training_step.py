@@ -1,16 +1,25 @@
-"""How much a training step costs beyond its matrix products.
+"""How fast whole training steps are, and how much of that is more than matrix products.
 
-    python benchmarks/training_step.py                     0.1B v7, LoRA r 32, ctx 512, fp32 and bf16
+    python benchmarks/training_step.py --device cuda --sizes 0.1B 0.4B 1.5B 2.9B 7.2B --micro_bsz 1 8
+    python benchmarks/training_step.py --device cuda --sizes 1.5B --grad_cp 0 selective 1 --fused_kernel true false
+    python benchmarks/training_step.py                     0.1B v7, LoRA r 32, ctx 512, fp32 and bf16, on a CPU
     python benchmarks/training_step.py --version x060 --precision fp32
 
-One step (forward, loss, backward) of a randomly initialised model is timed; then every matrix product the step asked
-for outside the WKV operator is timed alone on tensors of the same shapes, strides and dtype, in the same process.
+With --sizes: every combination of size, method, rows, context and option is trained for some steps on random weights,
+and a table shows tokens/s, the peak of memory (what PyTorch allocated, and what the driver says of the whole GPU), and
+the share of the roofline: the time the base's matrix products would take at the rate of a large product, measured in
+the same run, over the time of the step. --peer NAME=PATH (see peers.py) repeats it all with others' wkv7 in our model.
+
+Without: one step (forward, loss, backward) of a randomly initialised model is timed; then every matrix product the step
+asked for outside the WKV operator is timed alone on tensors of the same shapes, strides and dtype, in the same process.
 The ratio of the two is printed, with the peak memory of the process.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import resource
 import statistics
 import time
@@ -18,17 +27,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peers
 import torch
+from gpu_memory import METHODS, SIZES, driver_figure
+from measuring import machine, print_table, product_peak, synchronize, write_json
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_step import Settings, WholeStep, is_finite
 
 from rwkvpeft.adapters.lora import LoraAdapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
+from rwkvpeft.ops.bench import first_line
 from rwkvpeft.ops.choose import choose_backend
-from rwkvpeft.ops.contract import Needs
+from rwkvpeft.ops.contract import Needs, Wkv
 from rwkvpeft.ops.cross_entropy import linear_cross_entropy
 from rwkvpeft.registry import MODELS, find
 
@@ -184,17 +198,92 @@ def _unique(products: list) -> list:
     return seen
 
 
+def whole_steps(settings: Settings, seconds: float, wkv: Wkv | None) -> dict[str, float | str | None]:
+    """Figures of one combination: at least two steps, and as many as fit into ``seconds``."""
+    device = settings.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = WholeStep(settings, wkv)
+    for _ in range(2):
+        loss = step.run(step.batch())
+    if not is_finite(loss):
+        raise ArithmeticError(f"the loss is {loss.item()}")
+    if device.type == "cuda":
+        # what compiling and measuring took is not the run's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        batch = step.batch()
+        synchronize(device)
+        start = time.perf_counter()
+        # two at once, so that the CPU may run ahead as it does in training
+        step.run(batch)
+        step.run(batch)
+        synchronize(device)
+        times.append((time.perf_counter() - start) / 2)
+    best = statistics.median(times)
+    on_gpu = device.type == "cuda"
+    return {
+        "step ms": 1e3 * best,
+        "tokens/s": settings.micro_bsz * settings.ctx_len / best,
+        "allocated GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+        "driver GB": driver_figure() / 1e9 if on_gpu else None,
+        "TFLOP": step.flops() / 1e12,
+        "operator": step.operator if wkv is None else "",
+    }
+
+
+def table(options: argparse.Namespace) -> None:
+    """Every combination asked for, each in turn; one that fails says why."""
+    device = torch.device(options.device)
+    precision = options.precision[0] if options.precision else "bf16" if device.type == "cuda" else "fp32"
+    peak = product_peak(device, DTYPES[precision])
+    record: dict[str, Any] = {"machine": machine(device), "FLOP/s": peak, "precision": precision, "rows": []}
+    others: dict[str, Wkv | None] = {"": None, **dict(peers.load_peer(text) for text in options.peer)}
+    combinations = itertools.product(options.sizes, options.method, options.ctx_len, options.micro_bsz, options.grad_cp,
+                                     options.fused_kernel, others)
+    for size, method, ctx_len, rows, grad_cp, fused, peer in combinations:
+        settings = Settings(size, method, rows, ctx_len, grad_cp, options.op, fused, options.rank, options.version,
+                            precision, device)
+        row: dict[str, Any] = {"size": size, "method": method, "B": rows, "T": ctx_len, "grad_cp": grad_cp,
+                               "fused": fused, "op": peer or options.op}
+        try:
+            figures = whole_steps(settings, options.seconds, others[peer])
+            share = figures["TFLOP"] * 1e12 / peak / (figures["step ms"] / 1e3)
+            row |= {"step ms": figures["step ms"], "tokens/s": round(figures["tokens/s"]), "of roofline": share,
+                    "allocated GB": figures["allocated GB"], "driver GB": figures["driver GB"],
+                    "note": figures["operator"]}
+        except Exception as reason:  # noqa: BLE001 too little memory for one size must not hide the others
+            row |= dict.fromkeys(("step ms", "tokens/s", "of roofline", "allocated GB", "driver GB"))
+            row["note"] = first_line(reason)
+        gc.collect()
+        record["rows"].append(row)
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        write_json(options.json, record)
+    print(f"\nroofline: {peak / 1e12:.3g} TFLOP/s, a large product in {precision} on {record['machine']['device']}")
+    print_table(record["rows"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="whole steps of these sizes, as a table")
+    parser.add_argument("--method", nargs="+", default=["lora"], choices=["none", *METHODS])
+    parser.add_argument("--micro_bsz", "--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--fused_kernel", nargs="+", default=["auto"], choices=["auto", "true", "false"])
+    parser.add_argument("--peer", nargs="+", default=[], metavar="NAME=PATH")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timed steps for each combination (%(default)s)")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the table there too")
     parser.add_argument("--version", default="x070", choices=sorted(MODELS))
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES),
+                        help="default: fp32 and bf16; with --sizes bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=65536)
-    parser.add_argument("--ctx_len", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rank", type=int, default=32, help="LoRA rank; 0: full training")
-    parser.add_argument("--grad_cp", choices=LEVELS, default="0")
+    parser.add_argument("--ctx_len", nargs="+", type=int, help="default: 512; with --sizes 1024")
+    parser.add_argument("--rank", type=int, help="LoRA rank; 0: full training (default: 32; with --sizes 64)")
+    parser.add_argument("--grad_cp", nargs="+", choices=LEVELS, default=["0"])
     parser.add_argument("--op", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
@@ -204,7 +293,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    for precision in options.precision:
+    options.rank = options.rank if options.rank is not None else 64 if options.sizes else 32
+    options.ctx_len = options.ctx_len or [1024 if options.sizes else 512]
+    if options.sizes:
+        table(options)
+        return
+    options.ctx_len, options.batch, options.grad_cp = options.ctx_len[0], options.micro_bsz[0], options.grad_cp[0]
+    for precision in options.precision or ["fp32", "bf16"]:
         measure(options, precision)
 
 

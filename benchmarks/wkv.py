@@ -73,7 +73,7 @@ def find_backends(operator: str, names: list[str]) -> tuple[dict[str, Backend], 
             continue
         try:
             found[name] = find(BACKENDS[operator], name, flag="--backends")
-        except Exception as reason:
+        except Exception as reason:  # noqa: BLE001 a package may fail to be imported in any way
             absent[name] = first_line(reason)
     return found, absent
 
@@ -135,7 +135,7 @@ def measure(operator: str, shape: Shape, runs: Mapping[str, Wkv], options: argpa
             seen[name]["errors"] = check(run, operator, needs, device)
             both()
             seen[name]["peak"] = peak_bytes(both, device)
-        except Exception as reason:
+        except Exception as reason:  # noqa: BLE001 one that fails must not hide the others
             seen[name]["failed"] = first_line(reason)
             continue
         clocks |= {f"{name} forward": forward, f"{name} both": both}
@@ -171,7 +171,7 @@ def hard(operator: str, backends: Mapping[str, Backend], device: torch.device) -
             row: dict[str, Any] = {"operator": operator, "input": case.name, "backend": name}
             try:
                 found, again = (results(taking_sequences(operator, backend), case) for _ in range(2))
-            except Exception as reason:
+            except Exception as reason:  # noqa: BLE001 one that fails must not hide the others
                 rows.append(row | {"error": None, "allowed": None, "of": first_line(reason), "verdict": "FAILED"})
                 continue
             wrong = errors(found, expected)
