@@ -10,23 +10,38 @@ With z = H W^T, p = softmax(z), weights w, normaliser n and R = B * T positions:
     dz_r = w_r (p_r - onehot(y_r)) / n  +  (penalty / R) max(z_r) onehot(argmax z_r)
 
 The second term is L2Wrap of BlinkDL/RWKV-LM: it moves the gradient, not the loss, acts on positions of weight 0 as
-well, takes the first index of equal maxima, and scales with the incoming gradient like everything else.
+well, takes the first index of equal maxima, and scales with the incoming gradient like everything else. Label smoothing
+(Szegedy et al., arXiv 1512.00567) by e replaces onehot(y) by (1 - e) onehot(y) + e / V, in the loss too.
+
+Matrix products are PyTorch's; what is done with rows of logits is a program of ``cross_entropy_triton.py`` or
+``cross_entropy_torch.py``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from functools import cache
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_ARGMAX_BLOCK = 256
-# elements of logits worked on at once: what stays in a processor's cache, and what fills a GPU
-_BLOCK_ELEMENTS = {"cpu": 1 << 18}
-_BLOCK_ELEMENTS_GPU = 1 << 23
+from rwkvpeft.errors import ContractError
+from rwkvpeft.ops import cross_entropy_torch
+from rwkvpeft.ops.cross_entropy_torch import RowProgram, Trained, first_max
+
+RowChoice = Literal["auto", "triton", "torch"]
+
+
+class _Way(NamedTuple):
+    """How the work is done: rows of logits at once, whether only the rows that count are computed, by which program."""
+
+    chunk_rows: int
+    compact: bool
+    program: RowProgram
 
 
 class _Rows(NamedTuple):
@@ -37,6 +52,29 @@ class _Rows(NamedTuple):
     labels: Tensor
     weights: Tensor
     wrap: Tensor | None
+    smoothing: float
+
+
+def row_program(choice: RowChoice, logits: Tensor) -> RowProgram:
+    """What works on rows of logits such as ``logits``, of which only device and dtype are looked at.
+
+    ``auto`` is Triton on a GPU that has it, for the dtypes it computes in; else PyTorch.
+
+    Raises: ContractError for Triton where it is not installed or for fp64.
+    """
+    suits = logits.dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_triton()
+    if choice == "triton" and not suits:
+        raise ContractError(f"no rows of {logits.dtype} in Triton here")
+    if choice == "torch" or not suits or (choice == "auto" and logits.device.type != "cuda"):
+        return cross_entropy_torch.rows
+    from rwkvpeft.ops import cross_entropy_triton
+
+    return cross_entropy_triton.rows
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def linear_cross_entropy(
@@ -48,6 +86,9 @@ def linear_cross_entropy(
     normaliser: Tensor,
     logit_penalty: float,
     chunk_rows: int,
+    label_smoothing: float = 0.0,
+    compact: bool = True,
+    rows: RowChoice = "auto",
 ) -> Tensor:
     """Weighted cross entropy of ``hidden @ head_weight.T`` without ever holding all logits.
 
@@ -55,10 +96,14 @@ def linear_cross_entropy(
         hidden: (..., C) of any floating dtype; the matrix products run in this dtype, the softmax in at least fp32.
         head_weight: (V, C), cast to the dtype of ``hidden``; its gradient is made only if it wants one.
         labels: (...) int64; where the weight is 0 any value is allowed.
-        weights: (...), how much each position counts; rows of weight 0 cost nothing unless there is a penalty.
+        weights: (...), how much each position counts.
         normaliser: (), what the weighted sum is divided by.
         logit_penalty: strength of L2Wrap, 1e-4 in RWKV-LM; 0 for none.
         chunk_rows: rows of logits that exist at once.
+        label_smoothing: share of the target that is spread over the vocabulary.
+        compact: leave out rows of weight 0, which then cost nothing, or with a penalty half. Their number must be
+            known for that, so that the processor waits for the device; False never waits, and computes all rows.
+        rows: which program works on rows of logits; see ``row_program``.
     Returns: (), fp32 (fp64 for fp64 inputs).
     Source: ``RWKV-v7/train_temp`` of BlinkDL/RWKV-LM for the penalty.
     """
@@ -69,13 +114,14 @@ def linear_cross_entropy(
     normaliser = normaliser.to(device=hidden.device, dtype=dtype)
     labels = labels.reshape(-1)
     flat = hidden.reshape(-1, channels)
+    way = _Way(chunk_rows, compact, row_program(rows, hidden))
     if wants_gradient:
         loss: Tensor = _LinearCrossEntropy.apply(
-            flat, head_weight, labels, weights, normaliser, logit_penalty, chunk_rows
+            flat, head_weight, labels, weights, normaliser, logit_penalty, label_smoothing, way
         )
         return loss
-    rows = _Rows(flat, head_weight.to(flat.dtype), labels, weights, None)
-    return _run(rows, chunk_rows, None, None) / normaliser
+    inputs = _Rows(flat, head_weight.to(flat.dtype), labels, weights, None, label_smoothing)
+    return _run(inputs, way, None, None) / normaliser
 
 
 def head_cross_entropy(
@@ -87,6 +133,8 @@ def head_cross_entropy(
     normaliser: Tensor,
     logit_penalty: float,
     chunk_rows: int,
+    label_smoothing: float = 0.0,
+    compact: bool = True,
 ) -> Tensor:
     """``linear_cross_entropy`` for a head that is more than a matrix, as one with an adapter on it.
 
@@ -104,13 +152,13 @@ def head_cross_entropy(
 
     def chunk_loss(rows: Tensor, row_labels: Tensor, row_weights: Tensor) -> Tensor:
         logits = head(rows)
-        each = F.cross_entropy(logits.to(dtype), row_labels, reduction="none")
+        each = F.cross_entropy(logits.to(dtype), row_labels, reduction="none", label_smoothing=label_smoothing)
         loss = (each * row_weights).sum()
         return loss if wrap is None else cast(Tensor, _Pull.apply(loss, logits, wrap))
 
     # 0, and part of the graph: a batch in which nothing has weight must have a backward pass too
     total = flat[:0].sum().to(dtype)
-    for index in _chunks(trained if wrap is None else torch.ones_like(trained), chunk_rows):
+    for index in _chunks(trained, chunk_rows) if compact and wrap is None else _slices(len(flat), chunk_rows):
         part = checkpoint(chunk_loss, flat[index], labels[index], weights[index], use_reentrant=False)
         total = total + cast(Tensor, part)
     return total / normaliser
@@ -121,7 +169,7 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, logits: Tensor, wrap: Tensor) -> Tensor:
-        top, index = _first_max(logits)
+        top, index = first_max(logits)
         ctx.save_for_backward(top, index, wrap)
         ctx.vocab_size = logits.shape[1]
         return loss.clone()
@@ -146,16 +194,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         normaliser: Tensor,
         logit_penalty: float,
-        chunk_rows: int,
+        smoothing: float,
+        way: _Way,
     ) -> Tensor:
         wrap = normaliser * (logit_penalty / max(hidden.shape[0], 1)) if logit_penalty > 0 else None
-        rows = _Rows(hidden, head_weight.to(hidden.dtype), labels, weights, wrap)
+        rows = _Rows(hidden, head_weight.to(hidden.dtype), labels, weights, wrap, smoothing)
         # both gradients lack the factor 1 / n: in fp16 it would push them below the smallest number before the
         # loss scale, which arrives in backward, can lift them
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_head = torch.zeros_like(head_weight) if wants_head else None
-        total = _run(rows, chunk_rows, grad_hidden, grad_head)
+        total = _run(rows, way, grad_hidden, grad_head)
         ctx.save_for_backward(grad_hidden, grad_head, normaliser)
         return total / normaliser
 
@@ -166,57 +215,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * factor,
             None if grad_head is None else grad_head * factor,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
-def _run(rows: _Rows, chunk_rows: int, grad_hidden: Tensor | None, grad_head: Tensor | None) -> Tensor:
+def _run(rows: _Rows, way: _Way, grad_hidden: Tensor | None, grad_head: Tensor | None) -> Tensor:
     """Sum of weight * cross entropy, (); adds to the gradients that are given."""
+    device_type = rows.hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _run(rows, way, grad_hidden, grad_head)
     total = rows.weights.new_zeros(())
+    if not way.compact:
+        for place in _slices(len(rows.labels), way.chunk_rows):
+            total += _trained_chunk(rows, place, way, grad_hidden, grad_head)
+        return total
     trained = rows.weights != 0
-    for index in _chunks(trained, chunk_rows):
-        total += _trained_chunk(rows, index, grad_hidden, grad_head)
+    for index in _chunks(trained, way.chunk_rows):
+        total += _trained_chunk(rows, index, way, grad_hidden, grad_head)
     if rows.wrap is not None:
-        for index in _chunks(~trained, chunk_rows):
+        for index in _chunks(~trained, way.chunk_rows):
             logits = rows.hidden[index] @ rows.head.T
-            _add_wrap(rows, index, *_first_max(logits), grad_hidden, grad_head)
+            _, top, top_index = way.program(logits, None, gradient=False, top=True)
+            assert top is not None
+            assert top_index is not None
+            _add_wrap(rows, index, top, top_index, grad_hidden, grad_head)
     return total
+
+
+def _slices(count: int, chunk_rows: int) -> Iterator[slice]:
+    """All of ``count`` rows, at most ``chunk_rows`` at a time."""
+    for start in range(0, count, chunk_rows):
+        yield slice(start, min(start + chunk_rows, count))
 
 
 def _chunks(wanted: Tensor, chunk_rows: int) -> Iterator[Tensor | slice]:
     """The wanted rows, at most ``chunk_rows`` at a time; slices where all rows are wanted, which copies nothing."""
     index = wanted.nonzero().squeeze(1)
     every_row = len(index) == len(wanted)
-    for start in range(0, len(index), chunk_rows):
-        stop = min(start + chunk_rows, len(index))
-        yield slice(start, stop) if every_row else index[start:stop]
+    for place in _slices(len(index), chunk_rows):
+        yield place if every_row else index[place]
 
 
 def _trained_chunk(
-    rows: _Rows, index: Tensor | slice, grad_hidden: Tensor | None, grad_head: Tensor | None
+    rows: _Rows, index: Tensor | slice, way: _Way, grad_hidden: Tensor | None, grad_head: Tensor | None
 ) -> Tensor:
-    hidden, labels, weights = rows.hidden[index], rows.labels[index], rows.weights[index]
+    hidden, weights = rows.hidden[index], rows.weights[index]
     logits = hidden @ rows.head.T
-    top, top_index = _first_max(logits)
-    label_logits = logits.gather(1, labels[:, None]).squeeze(1).to(weights.dtype)
-    log_normaliser = _softmax_in_place(logits, top)
-    loss = (weights * (log_normaliser - label_logits)).sum()
-    if grad_hidden is None and grad_head is None:
-        return loss
-    # p - 1 of the label from its logit: the difference of rounded numbers is nothing but rounding where p is near 1
-    below_one = torch.expm1(label_logits - log_normaliser)
-    logits.scatter_(1, labels[:, None], below_one[:, None].to(logits.dtype))
+    gradient = grad_hidden is not None or grad_head is not None
+    trained = Trained(rows.labels[index], weights, rows.smoothing)
+    losses, top, top_index = way.program(logits, trained, gradient=gradient, top=rows.wrap is not None)
+    assert losses is not None
+    # weights are multiplied after the products: fp16 has no room below the smallest of a softmax
     if grad_hidden is not None:
-        grad_hidden[index] = (logits @ rows.head).mul_(weights[:, None].to(logits.dtype))
+        scale = weights[:, None].to(logits.dtype)
+        if isinstance(index, slice):
+            torch.mm(logits, rows.head, out=grad_hidden[index]).mul_(scale)
+        else:
+            grad_hidden[index] = (logits @ rows.head).mul_(scale)
     if grad_head is not None:
         scaled = hidden * weights[:, None].to(hidden.dtype)
         if grad_head.dtype == logits.dtype:
             grad_head.addmm_(logits.T, scaled)
         else:
             grad_head += logits.T @ scaled
-    if rows.wrap is not None:
+    if gradient and top is not None and top_index is not None:
         _add_wrap(rows, index, top, top_index, grad_hidden, grad_head)
-    return loss
+    return losses.sum()
 
 
 def _add_wrap(
@@ -232,47 +297,5 @@ def _add_wrap(
     if grad_hidden is not None:
         grad_hidden[index] += (rows.head[top_index] * pull).to(grad_hidden.dtype)
     if grad_head is not None:
-        grad_head.index_add_(0, top_index, (rows.hidden[index] * pull).to(grad_head.dtype))
-
-
-def _first_max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest entry of each row and its first index, (R,) each.
-
-    A maximum over blocks, then one inside the best block: several times faster on a CPU than one with an index.
-    """
-    whole = logits.shape[1] // _ARGMAX_BLOCK * _ARGMAX_BLOCK
-    if whole == 0:
-        return logits.max(dim=1)
-    blocks = logits[:, :whole].unflatten(1, (-1, _ARGMAX_BLOCK))
-    top, block = blocks.amax(dim=2).max(dim=1)
-    best = blocks.gather(1, block[:, None, None].expand(-1, 1, _ARGMAX_BLOCK)).squeeze(1)
-    index = block * _ARGMAX_BLOCK + best.argmax(dim=1)
-    if whole < logits.shape[1]:
-        tail_top, tail_index = logits[:, whole:].max(dim=1)
-        in_tail = tail_top > top
-        index = torch.where(in_tail, tail_index + whole, index)
-        top = torch.where(in_tail, tail_top, top)
-    return top, index
-
-
-def _softmax_in_place(logits: Tensor, top: Tensor) -> Tensor:
-    """Turn each row into its softmax; return log(sum(exp(row))), (R,), in fp32 or fp64.
-
-    ``top`` holds the rows' maxima. 16-bit rows pass through an fp32 buffer of a few rows.
-    """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    top = top.to(dtype)
-    sums = torch.empty_like(top)
-    step = max(_BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_GPU) // logits.shape[1], 1)
-    buffer = None
-    if logits.dtype != dtype:
-        buffer = torch.empty(min(step, len(logits)), logits.shape[1], dtype=dtype, device=logits.device)
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        part = logits[rows] if buffer is None else buffer[: len(logits[rows])].copy_(logits[rows])
-        part.sub_(top[rows, None]).exp_()
-        torch.sum(part, dim=1, out=sums[rows])
-        part.div_(sums[rows, None])
-        if buffer is not None:
-            logits[rows] = part
-    return top + sums.log_()
+        # sums equal indices in the same order in every run, which index_add_ does not on a GPU
+        grad_head.index_put_((top_index,), (rows.hidden[index] * pull).to(grad_head.dtype), accumulate=True)

@@ -27,9 +27,11 @@ class Wrap(torch.autograd.Function):
         return grad, pull * grad, None
 
 
-def whole_logits(hidden, head, labels, weights, normaliser, penalty):
+def whole_logits(hidden, head, labels, weights, normaliser, penalty, smoothing=0.0):
     logits = hidden @ head.T
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.clamp_min(0).flatten(), reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), labels.clamp_min(0).flatten(), reduction="none", label_smoothing=smoothing
+    )
     return Wrap.apply((losses * weights.flatten()).sum() / normaliser, logits, penalty)
 
 
@@ -82,6 +84,69 @@ def test_loss_and_both_gradients_equal_those_of_whole_logits(vocabulary, penalty
     # an incoming gradient other than 1, which the penalty must follow
     ours_grads = torch.autograd.grad(ours * 3, (hidden, head))
     torch.testing.assert_close(ours_grads, torch.autograd.grad(expected * 3, (hidden, head)))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+@pytest.mark.parametrize("whole", [linear_cross_entropy, head_cross_entropy])
+def test_smoothed_labels_give_the_loss_and_gradients_of_whole_logits(whole, penalty):
+    hidden, head, labels, weights = inputs(700)
+    normaliser = torch.tensor(2.5)
+    ours = whole(
+        hidden, head if whole is linear_cross_entropy else lambda rows: rows @ head.T, labels, weights,
+        normaliser=normaliser, logit_penalty=penalty, chunk_rows=4, label_smoothing=0.2,
+    )
+    expected = whole_logits(hidden, head, labels, weights, normaliser, penalty, smoothing=0.2)
+    torch.testing.assert_close(ours, expected)
+    ours_grads = torch.autograd.grad(ours, (hidden, head))
+    torch.testing.assert_close(ours_grads, torch.autograd.grad(expected, (hidden, head)))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_computing_rows_without_weight_too_changes_nothing(penalty, smoothing):
+    hidden, head, labels, weights = inputs(700)
+    found = []
+    for compact in (True, False):
+        loss = linear_cross_entropy(
+            hidden, head, labels, weights, normaliser=torch.tensor(2.5), logit_penalty=penalty, chunk_rows=4,
+            label_smoothing=smoothing, compact=compact,
+        )
+        found.append([loss, *torch.autograd.grad(loss, (hidden, head))])
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Calls(TorchDispatchMode):
+    """Remembers what was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("whole", [linear_cross_entropy, head_cross_entropy])
+@pytest.mark.parametrize("compact", [False, True])
+def test_only_leaving_out_rows_waits_for_the_device(whole, compact):
+    hidden, head, labels, weights = inputs()
+    with Calls() as calls:
+        whole(
+            hidden, head if whole is linear_cross_entropy else lambda rows: rows @ head.T, labels, weights,
+            normaliser=torch.tensor(2.5), logit_penalty=0.0, chunk_rows=4, compact=compact,
+        ).backward()
+    assert bool(calls.names & {"nonzero", "_local_scalar_dense", "masked_select"}) == compact
+
+
+def test_autocast_changes_nothing():
+    hidden, head, labels, weights = inputs(dtype=torch.float32)
+    arguments = {"normaliser": torch.tensor(2.0), "logit_penalty": 1e-4, "chunk_rows": 8}
+    losses = [linear_cross_entropy(hidden, head, labels, weights, **arguments)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses.append(linear_cross_entropy(hidden, head, labels, weights, **arguments))
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))
 
 
 def test_fp32_agrees_with_fp64():
