@@ -24,14 +24,13 @@ namespace rwkvpeft {
 namespace wkv7_chunked {
 
 struct BackwardArguments {
-  const Bf16 *r, *w, *k, *v, *a, *b;  // (B, T, H, N); w is the decay's logit
+  const Bf16 *r, *w, *k, *v, *a, *b;  // (rows, H, N); w is the decay's logit
   const Bf16* saved;                  // from the forward
-  const Bf16* dy;                     // (B, T, H, N) or null for zeros
-  const float* dfinal_state;          // (B, H, N, N) or null for zeros
-  Bf16 *dr, *dw, *dk, *dv, *da, *db;  // (B, T, H, N)
-  float* dstate;                      // (B, H, N, N)
-  long long length;
-  int heads;
+  const Bf16* dy;                     // (rows, H, N) or null for zeros
+  const float* dfinal_state;          // (sequences, H, N, N) or null for zeros
+  Bf16 *dr, *dw, *dk, *dv, *da, *db;  // (rows, H, N)
+  float* dstate;                      // (sequences, H, N, N)
+  Layout layout;
 };
 
 template <int N>
@@ -57,8 +56,8 @@ struct BackwardMemory {
 // Starts copying what the making of P and Q reads of a chunk.
 template <int N>
 __device__ __forceinline__ void start_operands(BackwardMemory<N>& memory, const BackwardArguments& given,
-                                               long long chunk) {
-  const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+                                               const Walk<N>& walk, long long chunk) {
+  const Window window = walk.window(chunk);
   start_copy<N, N>(memory.raw[0], given.r, window);
   start_copy<N, N>(memory.raw[1], given.k, window);
   start_copy<N, N>(memory.raw[2], given.a, window);
@@ -69,12 +68,12 @@ __device__ __forceinline__ void start_operands(BackwardMemory<N>& memory, const 
 // Starts copying what products read of a chunk as it is.
 template <int N>
 __device__ __forceinline__ void start_values(BackwardMemory<N>& memory, const BackwardArguments& given,
-                                             long long chunk, long long chunks) {
+                                             const Walk<N>& walk, long long chunk) {
   constexpr int STRIDE = Sizes<N>::STRIDE;
-  const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+  const Window window = walk.window(chunk);
   start_copy<N, STRIDE>(memory.v, given.v, window);
   start_copy<N, STRIDE>(memory.dy, given.dy, window);
-  const Bf16* saved = given.saved + (blockIdx.x * chunks + chunk) * N * N;
+  const Bf16* saved = given.saved + walk.saved(chunk);
 #pragma unroll
   for (int piece = threadIdx.x; piece < N * N / 8; piece += Sizes<N>::THREADS) {  // a row of an 8x8 block
     const int tile = piece / 8, row = tile / (N / 8) * 8 + piece % 8, column = tile % (N / 8) * 8;
@@ -118,7 +117,7 @@ __device__ __forceinline__ void multiply_columns(float* sums, const Block& state
   }
 }
 
-// sum += sign * (operand as the products saw it) * gradient; returns the products.
+// Element by element, an operand as the products took it times its gradient.
 template <int STRIDE>
 __device__ __forceinline__ Accumulator times_operand(const Bf16* operand, const Accumulator& gradient) {
   const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
@@ -176,7 +175,7 @@ __device__ __forceinline__ void sum_rows(Accumulator& rows) {
 // Writes a warp's (tokens, keys) block of a gradient, times e^(sign * exponents) unless sign is 0.
 template <int N>
 __device__ __forceinline__ void send_gradient(Bf16* tensor, Accumulator gradient, const float* exponents, float sign,
-                                              Bf16* stage, const Window<N>& window, int channel) {
+                                              Bf16* stage, const Window& window, int channel) {
   const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
   if (sign != 0.f) {
 #pragma unroll
@@ -209,24 +208,24 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) backward(
   constexpr int A_ROWS = CHUNK * SQUARE_STRIDE;
   BackwardMemory<N>& memory = *dynamic_shared<BackwardMemory<N>>();
   const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first channel, of values and of keys
-  const long long chunks = (given.length + CHUNK - 1) / CHUNK;
+  const Walk<N> walk(given.layout);
   const long long own_state = (static_cast<long long>(blockIdx.x) * N + mine) * N;
 
-  if (chunks > 0) {
-    start_operands<N>(memory, given, chunks - 1);
-    start_values<N>(memory, given, chunks - 1, chunks);
+  if (walk.chunks > 0) {
+    start_operands<N>(memory, given, walk, walk.chunks - 1);
+    start_values<N>(memory, given, walk, walk.chunks - 1);
   }
   Accumulator dstate[TILES];
   load_state<N>(dstate, given.dfinal_state == nullptr ? nullptr : given.dfinal_state + own_state);
 
-  for (long long chunk = chunks - 1; chunk >= 0; --chunk) {
-    const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+  for (long long chunk = walk.chunks - 1; chunk >= 0; --chunk) {
+    const Window window = walk.window(chunk);
     device::wait_for_copies();
     __syncthreads();  // the chunk is here; no warp reads the last one any more
     make_operands<N, true>(memory.p, memory.q, memory.enter, memory.leave, memory.exponents, memory.raw[0],
                            memory.w[chunk & 1], memory.raw[1], memory.raw[2], memory.raw[3], window.tokens);
     __syncthreads();  // P and Q are made, and the raw operands used up
-    if (chunk > 0) start_operands<N>(memory, given, chunk - 1);
+    if (chunk > 0) start_operands<N>(memory, given, walk, chunk - 1);
 
     make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
     Accumulator x = zeros(), dv = zeros(), du = zeros();  // (values, tokens)
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) backward(
       add_product(db, left<STRIDE>(memory.v + LOWER + i), dkeys);
     }
     __syncthreads();  // dA is made; Z, O and S are used up
-    if (chunk > 0) start_values<N>(memory, given, chunk - 1, chunks);
+    if (chunk > 0) start_values<N>(memory, given, walk, chunk - 1);
 
     Accumulator all = times_operand<STRIDE>(memory.q + mine, dk);
     add(all, times_operand<STRIDE>(memory.q + LOWER + mine, db), 1.f);

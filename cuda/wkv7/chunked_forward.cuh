@@ -11,13 +11,12 @@ namespace rwkvpeft {
 namespace wkv7_chunked {
 
 struct ForwardArguments {
-  const Bf16 *r, *w, *k, *v, *a, *b;  // (B, T, H, N); w is the decay's logit
-  const float* state;                 // (B, H, N, N) or null for zeros
-  Bf16* y;                            // (B, T, H, N)
-  float* final_state;                 // (B, H, N, N)
-  Bf16* saved;  // (B, H, chunks, N, N) in 8x8 blocks, each chunk's starting state times e^g; null when not training
-  long long length;
-  int heads;
+  const Bf16 *r, *w, *k, *v, *a, *b;  // (rows, H, N); w is the decay's logit
+  const float* state;                 // (sequences, H, N, N) or null for zeros
+  Bf16* y;                            // (rows, H, N)
+  float* final_state;                 // (sequences, H, N, N)
+  Bf16* saved;  // (chunks, H, N, N) in 8x8 blocks, each chunk's starting state times e^g; null when not training
+  Layout layout;
 };
 
 template <int N>
@@ -36,8 +35,9 @@ struct ForwardMemory {
 
 // Starts copying chunk `chunk`; its values go to the half of `v` that the chunk before does not use.
 template <int N>
-__device__ __forceinline__ void start_chunk(ForwardMemory<N>& memory, const ForwardArguments& given, long long chunk) {
-  const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+__device__ __forceinline__ void start_chunk(ForwardMemory<N>& memory, const ForwardArguments& given,
+                                            const Walk<N>& walk, long long chunk) {
+  const Window window = walk.window(chunk);
   start_copy<N, N>(memory.raw[0], given.r, window);
   start_copy<N, N>(memory.raw[1], given.w, window);
   start_copy<N, N>(memory.raw[2], given.k, window);
@@ -61,21 +61,21 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) forward(F
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   ForwardMemory<N>& memory = *dynamic_shared<ForwardMemory<N>>();
   const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first value channel
-  const long long chunks = (given.length + CHUNK - 1) / CHUNK;
+  const Walk<N> walk(given.layout);
   const long long own_state = (static_cast<long long>(blockIdx.x) * N + mine) * N;
 
-  if (chunks > 0) start_chunk<N>(memory, given, 0);
+  if (walk.chunks > 0) start_chunk<N>(memory, given, walk, 0);
   Accumulator state[TILES];
   load_state<N>(state, given.state == nullptr ? nullptr : given.state + own_state);
 
-  for (long long chunk = 0; chunk < chunks; ++chunk) {
-    const Window<N> window(blockIdx.x, given.heads, given.length, chunk);
+  for (long long chunk = 0; chunk < walk.chunks; ++chunk) {
+    const Window window = walk.window(chunk);
     device::wait_for_copies();
     __syncthreads();  // the chunk is here; no warp reads the last one's P, Q, A or M any more
     make_operands<N, false>(memory.p, memory.q, memory.enter, memory.leave, nullptr, memory.raw[0], memory.raw[1],
                             memory.raw[2], memory.raw[3], memory.raw[4], window.tokens);
     __syncthreads();  // P and Q are made, and the raw operands used up
-    if (chunk + 1 < chunks) start_chunk<N>(memory, given, chunk + 1);
+    if (chunk + 1 < walk.chunks) start_chunk<N>(memory, given, walk, chunk + 1);
 
     make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
     Accumulator y = zeros(), x = zeros();  // (values, tokens): what r and a read of the state
@@ -83,9 +83,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) forward(F
     for (int j = 0; j < TILES; ++j) {
       scale(state[j], memory.enter + 16 * j);
       const Block keys = rounded(state[j]);
-      if (given.saved != nullptr) {
-        save_block<N>(given.saved + (blockIdx.x * chunks + chunk) * N * N, keys, mine, 16 * j);
-      }
+      if (given.saved != nullptr) save_block<N>(given.saved + walk.saved(chunk), keys, mine, 16 * j);
       add_product(y, keys, right_of_transposed<STRIDE>(memory.p + 16 * j));
       add_product(x, keys, right_of_transposed<STRIDE>(memory.p + LOWER + 16 * j));
     }

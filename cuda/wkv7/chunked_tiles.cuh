@@ -48,24 +48,62 @@ struct Sizes {
   static constexpr int RAW = CHUNK * N;  // elements of a chunk of an operand as it comes
 };
 
-// A chunk of tensors of (B, T, H, N) elements, contiguous.
-template <int N>
-struct Window {
-  long long first;  // element offset of (batch, chunk's first token, head, 0)
-  long long step;   // elements from a token to the next
-  int tokens;       // of the chunk that exist, at most CHUNK
+// How sequences lie in tensors of (rows of tokens, H, N): each B rows of T, or packed one behind another.
+struct Layout {
+  const int* chunks;  // packed: (chunks of all sequences, 3): sequence, first row, tokens; otherwise null
+  const int* first;   // packed: (sequences + 1), the first chunk of each
+  long long length;   // not packed: T
+  int heads;
+};
 
-  __device__ __forceinline__ Window(int head_of_all, int heads, long long length, long long chunk)
-      : step(static_cast<long long>(heads) * N) {
-    const long long batch = head_of_all / heads, start = chunk * CHUNK;
-    first = (batch * length + start) * step + static_cast<long long>(head_of_all % heads) * N;
-    tokens = length - start < CHUNK ? static_cast<int>(length - start) : CHUNK;
+// Where the tokens of a chunk lie in a tensor.
+struct Window {
+  long long first;  // element offset of the first token's channel 0 of this head
+  long long step;   // elements from a token to the next
+  int tokens;       // that exist, at most CHUNK
+};
+
+// The sequence and head whose chunks a block walks.
+template <int N>
+struct Walk {
+  long long start, length;  // the sequence's first row and its tokens
+  long long begin, chunks;  // its first chunk among all sequences', and how many it has
+  int head, heads;
+
+  __device__ __forceinline__ explicit Walk(const Layout& layout)
+      : head(blockIdx.x % layout.heads), heads(layout.heads) {
+    const long long sequence = blockIdx.x / layout.heads;
+    if (layout.first == nullptr) {
+      length = layout.length;
+      start = sequence * length;
+      chunks = (length + CHUNK - 1) / CHUNK;
+      begin = sequence * chunks;
+    } else {
+      begin = layout.first[sequence];
+      chunks = layout.first[sequence + 1] - begin;
+      start = length = 0;
+      if (chunks > 0) {
+        const int *one = layout.chunks + 3 * begin, *last = one + 3 * (chunks - 1);
+        start = one[1];
+        length = last[1] + last[2] - start;
+      }
+    }
+  }
+
+  __device__ __forceinline__ Window window(long long chunk) const {
+    const long long left = length - chunk * CHUNK, step = static_cast<long long>(heads) * N;
+    return {(start + chunk * CHUNK) * step + head * N, step, left < CHUNK ? static_cast<int>(left) : CHUNK};
+  }
+
+  // Element offset of what is saved of a chunk, in (chunks of all sequences, H, N, N).
+  __device__ __forceinline__ long long saved(long long chunk) const {
+    return ((begin + chunk) * heads + head) * N * N;
   }
 };
 
 // Starts copying a chunk to shared memory, zeros for tokens that do not exist or a tensor that is not given.
 template <int N, int STRIDE>
-__device__ __forceinline__ void start_copy(Bf16* shared, const Bf16* tensor, const Window<N>& window) {
+__device__ __forceinline__ void start_copy(Bf16* shared, const Bf16* tensor, const Window& window) {
   const int token = threadIdx.x / (N / 8), channel = threadIdx.x % (N / 8) * 8;
   Bf16* to = shared + token * STRIDE + channel;
   if (tensor != nullptr && token < window.tokens) {
@@ -248,7 +286,7 @@ __device__ __forceinline__ void store_state(float* to, const Accumulator (&state
 
 // Sends a warp's staged (16 tokens, 16 channels) to memory in whole 32-byte sectors.
 template <int N>
-__device__ __forceinline__ void send_staged(Bf16* tensor, const Bf16* stage, const Window<N>& window, int channel) {
+__device__ __forceinline__ void send_staged(Bf16* tensor, const Bf16* stage, const Window& window, int channel) {
   const int token = lane_id() >> 1, half = (lane_id() & 1) * 8;
   __syncwarp();
   if (token < window.tokens) {
