@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace rwkvpeft {
 
@@ -25,6 +26,20 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half(x); }
+
+// Calls `run` with a null pointer of the element type and the head size as a constant.
+template <typename Run>
+cudaError_t dispatch(Element element, int head_size, const Run& run) {
+  const auto with_size = [&](auto* type) {
+    if (head_size == 64) return run(type, std::integral_constant<int, 64>());
+    if (head_size == 128) return run(type, std::integral_constant<int, 128>());
+    return cudaErrorInvalidValue;
+  };
+  if (element == Element::fp32) return with_size(static_cast<float*>(nullptr));
+  if (element == Element::bf16) return with_size(static_cast<__nv_bfloat16*>(nullptr));
+  if (element == Element::fp16) return with_size(static_cast<__half*>(nullptr));
+  return cudaErrorInvalidValue;
+}
 
 #ifdef CUDA_SHIM
 

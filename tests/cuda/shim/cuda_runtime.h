@@ -23,7 +23,7 @@
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static  // one block runs at a time
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -41,9 +41,7 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
