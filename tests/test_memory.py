@@ -26,9 +26,12 @@ from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.memory import (
     check_memory,
+    choose_level,
     count,
     count_parameters,
     expect,
+    expect_levels,
+    free_memory,
     least_need,
     refuse_if_too_large,
     total_memory,
@@ -234,3 +237,27 @@ def test_a_method_that_looks_at_values_is_not_checked(monkeypatch):
     check_memory(SMALL, settings, lambda part: adapter_of(settings))
     with pytest.raises(UserError, match="cannot be told"):
         expected(SMALL, settings)
+
+
+@pytest.mark.parametrize("peft", ["none", "lora", "state"])
+def test_each_level_of_recomputing_needs_less_than_the_faster_one(peft):
+    needs = [need.total for need in expect_levels(SMALL, config(peft), lambda part: adapter_of(config(peft))).values()]
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == len(LEVELS)
+
+
+@pytest.mark.parametrize(("free", "taken"), [(None, "1"), (0, "1"), (2.0, "1"), (4.2, "selective"), (9.0, "0")])
+def test_auto_takes_the_fastest_level_that_fits(free, taken):
+    need = expected(SMALL, config())
+    needs = {level: need._replace(activations=size * 10**9 - need.total + need.activations)
+             for level, size in (("0", 8), ("selective", 3), ("1", 1))}
+    free = None if free is None else int(free * 10**9)
+    assert choose_level(needs, config(grad_cp="auto"), free=free, device_type="cpu").grad_cp == taken
+
+
+def test_a_level_that_was_asked_for_is_taken_whatever_is_free():
+    assert choose_level({}, config(grad_cp="0"), free=0, device_type="cpu").grad_cp == "0"
+
+
+def test_free_memory_is_part_of_all_memory():
+    assert 0 < free_memory(torch.device("cpu")) < total_memory("cpu")

@@ -35,7 +35,7 @@ def run_block(block: nn.Module, level: Level, *inputs: Any) -> Any:
     if level == "none":
         return block(*inputs)
     # to put back the generators' state costs as much as some kernels, and cannot be captured in a CUDA graph
-    again = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(block)}
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(block)}
     if level == "block":
         return checkpoint(block, *inputs, **again)
     return checkpoint(block, *inputs, context_fn=_contexts, **again)

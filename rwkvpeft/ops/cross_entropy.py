@@ -222,7 +222,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _run(rows: _Rows, way: _Way, grad_hidden: Tensor | None, grad_head: Tensor | None) -> Tensor:
     """Sum of weight * cross entropy, (); adds to the gradients that are given."""
     device_type = rows.hidden.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _run(rows, way, grad_hidden, grad_head)
     total = rows.weights.new_zeros(())
