@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +31,7 @@ from rwkvpeft.config.layer_profile import read_layer_profile, with_states
 from rwkvpeft.config.resolve import Machine
 from rwkvpeft.errors import UserError
 from rwkvpeft.memory import (
+    Expected,
     LevelChoice,
     NoOutline,
     Programs,
@@ -41,12 +44,16 @@ from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.bench import Bench
+from rwkvpeft.ops.block.choose import BlockChoice, choose_block_ops
 from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
 
 # settings that change what an adapter's tensors compute and that the tensors do not tell
 _SCALES = ("lora_alpha", "use_rslora")
+
+# names of the block's operators by --fused_kernel
+_BLOCK_OPS = {None: "auto", True: "triton", False: "torch"}
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,17 @@ def open_base(config: ModelConfig) -> Base:
     return Base(config.load_model, shape, tensors, outline, quantisation_of(packed))
 
 
-def choose_operator(shape: ModelShape, config: TrainConfig) -> tuple[Choice, list[str]]:
-    """The program for the WKV recurrence, and remarks, one line each. On a GPU it is measured at the run's sizes.
+class Chosen(NamedTuple):
+    """The programs of a run: of the WKV recurrence, and of what else a block computes beside its products."""
 
-    Raises: UserError if ``--op`` names one that cannot run this job.
+    wkv: Choice
+    block: BlockChoice
+
+
+def choose_programs(shape: ModelShape, config: TrainConfig) -> tuple[Chosen, list[str]]:
+    """What computes the run, and remarks, one line each. On a GPU programs are tried, and the recurrence is timed.
+
+    Raises: UserError if ``--op`` or ``--fused_kernel`` ask for one that cannot run this job.
     """
     runtime, operator = config.runtime, operator_of(shape)
     device = local_device(runtime)
@@ -128,7 +142,10 @@ def choose_operator(shape: ModelShape, config: TrainConfig) -> tuple[Choice, lis
         except UserError as reason:
             remarks.append(f"--fla: {reason.what} ({reason.found}); what --op auto takes is used instead")
     choice = choice or choose_backend(operator, runtime.op, needs, bench)
-    return choice, [*remarks, *(choice.listing if runtime.debug else ())]
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        block = choose_block_ops(_BLOCK_OPS[runtime.fused_kernel], needs)
+    listing = [*choice.listing, *block.listing] if runtime.debug else []
+    return Chosen(choice, block), [*remarks, *listing]
 
 
 def make_adapter(method: MethodConfig, shape: ModelShape) -> Adapter | None:
@@ -174,7 +191,7 @@ def check_fits(base: Base, config: TrainConfig) -> None:
     check_memory(base.shape, config, partial(make_adapter, config.method), base.packed)
 
 
-def choose_recompute(base: Base, config: TrainConfig, wkv: Choice) -> LevelChoice:
+def choose_recompute(base: Base, config: TrainConfig, chosen: Chosen) -> LevelChoice:
     """What of the activations is computed twice; for ``--grad_cp auto`` by the memory that is free now.
 
     Raises: UserError if the settings do not suit the sizes.
@@ -182,15 +199,20 @@ def choose_recompute(base: Base, config: TrainConfig, wkv: Choice) -> LevelChoic
     device = local_device(config.runtime)
     if config.runtime.grad_cp != "auto":
         return choose_level({}, config, free=None, device_type=device.type)
-    try:
-        levels = expect_levels(base.shape, config, partial(make_adapter, config.method), base.packed, _programs(wkv))
-    except NoOutline:
-        levels = {}
+    levels = _expect_levels(base, config, Programs(chosen.wkv.run, chosen.block.ops))
     return choose_level(levels, config, free=free_memory(device), device_type=device.type)
 
 
-def _programs(wkv: Choice) -> Programs:
-    return Programs()
+def _expect_levels(base: Base, config: TrainConfig, programs: Programs) -> dict[str, Expected]:
+    adapter = partial(make_adapter, config.method)
+    try:
+        return expect_levels(base.shape, config, adapter, base.packed, programs)
+    except Exception:  # noqa: BLE001 a package's program may fail in any way without data; the plain ones need more
+        pass
+    try:
+        return expect_levels(base.shape, config, adapter, base.packed)
+    except NoOutline:
+        return {}
 
 
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
@@ -233,14 +255,15 @@ def _check_scale(path: str, recipe: Recipe, adapter: Adapter) -> None:
 
 
 def build_for_training(
-    base: Base, config: TrainConfig, wkv: Choice, adapter: Adapter | None, start: dict[str, torch.Tensor] | None
+    base: Base, config: TrainConfig, chosen: Chosen, adapter: Adapter | None, start: dict[str, torch.Tensor] | None
 ) -> Rwkv:
     """Load the model, its linears quantised if so asked, and make trainable what the method trains.
 
     ``start`` holds the adapter's first values, if they are not new ones. ``--grad_cp`` has been decided.
     Raises: UserError if the checkpoint or the adapter file does not fit.
     """
-    model = build_model(base.shape, wkv.run, head_size_divisor=config.model.head_size_divisor)
+    divisor = config.model.head_size_divisor
+    model = build_model(base.shape, chosen.wkv.run, head_size_divisor=divisor, block_ops=chosen.block.ops)
     # an adapter's first values belong to the seed: a run killed before its first save starts with them again
     torch.manual_seed(config.runtime.random_seed)
     # the finer of the two: what is trained starts from the file's own values, and what an adapter takes out of a

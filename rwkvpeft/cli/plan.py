@@ -58,10 +58,10 @@ def _plan(words: list[str]) -> int:
     for line in [*remarks, *_lines(shape, packed, config, machine.device_type, available)]:
         print(line)
     if config.runtime.debug and memory is None:
-        from rwkvpeft.cli.assemble import choose_operator
+        from rwkvpeft.cli.assemble import choose_programs
 
-        choice, more = choose_operator(shape, config)
-        print("\n".join([f"operator: {choice.report}", *more]))
+        chosen, more = choose_programs(shape, config)
+        print("\n".join([f"operator: {chosen.wkv.report}", f"rest of a block: {chosen.block.report}", *more]))
     return 0
 
 

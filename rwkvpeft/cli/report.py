@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 from rwkvpeft.config.groups import TrainConfig
 
 if TYPE_CHECKING:
-    from rwkvpeft.cli.assemble import Base
+    from rwkvpeft.cli.assemble import Base, Chosen
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.memory import LevelChoice
     from rwkvpeft.models.backbone import Rwkv
-    from rwkvpeft.ops.choose import Choice
     from rwkvpeft.training.fit import FitResult
 
 _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 
 
 def start_lines(
-    config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, operator: Choice, recompute: LevelChoice
+    config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, chosen: Chosen, recompute: LevelChoice
 ) -> list[str]:
     """One line for each thing a user may want to stop the run for."""
     runtime = config.runtime
@@ -31,7 +30,8 @@ def start_lines(
         f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {schedule.lr_schedule}",
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
         f"strategy {runtime.strategy}",
-        f"operator: {operator.report}",
+        f"operator: {chosen.wkv.report}",
+        f"rest of a block: {chosen.block.report}",
         f"computed twice: {recompute.report}",
         f"output: {config.output.proj_dir}",
     ]

@@ -79,10 +79,10 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     if point is not None and adapter is not None:
         adapter.take_constants(point.constants())
     # on a GPU this compiles and measures: after everything that may be refused at once
-    operator, more = assemble.choose_operator(base.shape, config)
-    recompute = assemble.choose_recompute(base, longest, operator)
-    model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), operator, adapter, start)
-    for line in [*remarks, *more, *report.start_lines(config, base, model, data, operator, recompute)]:
+    chosen, more = assemble.choose_programs(base.shape, config)
+    recompute = assemble.choose_recompute(base, longest, chosen)
+    model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, start)
+    for line in [*remarks, *more, *report.start_lines(config, base, model, data, chosen, recompute)]:
         _say(line)
     if _is_first_process():
         assemble.write_constants(config, adapter, model)

@@ -180,6 +180,10 @@ class RuntimeConfig:
         metavar="NAME",
     )
     fla: bool = flag(False, help="take flash-linear-attention where it can run, otherwise what --op auto takes")
+    fused_kernel: bool | None = flag(
+        None, help="compute what a block needs beside its products in fused kernels: true: that or an error; false: in "
+        "PyTorch; not given: on a GPU where they prove right"
+    )
     random_seed: int = flag(-1, help="seed of data order, initial values and dropout; -1: a new one, printed")
     debug: bool = flag(
         False, help="show the traceback of a user error, and why each program for the WKV recurrence is taken or not"

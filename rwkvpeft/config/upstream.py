@@ -81,7 +81,6 @@ FLAGS: dict[str, UpstreamFlag] = {
     "head_chunk": _none(0, "the loss is always computed in chunks"),
     "kernel": _none("", "RWKV-LM's kernels are not here", "--op auto"),
     "compile": _none("false", "compiling the model is not available", kind="switch"),
-    "fused_kernel": _none("false", "flash-linear-attention is not available yet", "--op auto", "switch"),
     "ds_bucket_mb": _none(200, "only DeepSpeed reads it, which is not available yet"),
     "cuda_cleanup": _none(0, "it is read nowhere upstream"),
     "enable_progress_bar": _none("true", "progress is always shown", kind="switch"),

@@ -183,3 +183,39 @@ def test_two_processes_train_together_with_one_seed(tiny_model, binidx_prefix, t
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("random seed") == 1
     assert (tmp_path / "rwkv-0.pth").is_file()
+
+
+def test_what_is_computed_twice_is_chosen_again_for_each_run(train, tmp_path, monkeypatch):
+    words = ("--peft", "lora", "--grad_cp", "auto", "--save_steps", 1)
+    code, plenty, errors = train(*words)
+    assert code == 0, errors
+    assert "computed twice: nothing, the fastest that fits" in plenty
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["runtime"]["grad_cp"] == "auto"
+    monkeypatch.setattr("rwkvpeft.cli.assemble.free_memory", lambda device: 1000)
+    code, scarce, errors = train(*words, "--epoch_count", 2)
+    assert code == 0, errors
+    assert "computed twice: whole blocks, though not expected to fit" in scarce
+    assert "resumed" in scarce or "goes on" in scarce
+
+
+@pytest.mark.parametrize(("grad_cp", "what"), [("0", "nothing"), ("selective", "all but"), ("1", "whole blocks")])
+def test_what_is_computed_twice_is_what_was_asked_for(train, grad_cp, what):
+    code, output, errors = train("--peft", "lora", "--grad_cp", grad_cp)
+    assert code == 0, errors
+    assert f"computed twice: {what}" in output
+    assert f"--grad_cp {grad_cp}" in output
+
+
+def test_fused_kernels_that_cannot_run_are_an_error_when_asked_for_and_no_word_otherwise(train):
+    _, output, _ = train("--peft", "lora")
+    assert "rest of a block: plain PyTorch\n" in output
+    code, _, errors = train("--peft", "lora", "--fused_kernel")
+    assert code == 2
+    assert "--fused_kernel cannot run this job" in errors
+    assert "device cpu" in errors
+
+
+def test_fused_kernels_can_be_declined(train):
+    code, output, errors = train("--peft", "lora", "--fused_kernel", "false")
+    assert code == 0, errors
+    assert "rest of a block: plain PyTorch, as asked" in output

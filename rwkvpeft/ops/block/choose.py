@@ -16,14 +16,21 @@ from rwkvpeft.ops.contract import Needs
 from rwkvpeft.registry import BLOCK_OPS, find
 
 FLAG = "--fused_kernel"
+FAILED = "failed its trial here"
 
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """The operators that will run, and one line for the start report."""
+    """The operators that will run.
+
+    Args:
+        report: one line for the start report.
+        listing: one line for each set of operators that is not taken, and why.
+    """
 
     ops: BlockOps
     report: str
+    listing: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -38,19 +45,23 @@ def choose_block_ops(name: str, needs: Needs) -> BlockChoice:
         UserError: ``name`` is unknown or cannot serve ``needs``.
     """
     if name not in ("auto", *BLOCK_OPS):
-        raise UserError(f"{FLAG} does not know {name!r}", found=name, expected=["auto", *BLOCK_OPS], fix=f"{FLAG} auto")
-    passed_over: list[str] = []
+        raise UserError(f"{FLAG} does not know {name!r}", found=name, expected=["auto", *BLOCK_OPS])
+    passed_over: dict[str, str] = {}
     for candidate in BLOCK_OPS if name == "auto" else (name,):
         ops, reason = _look_up(candidate, needs)
         if ops is not None:
-            why = "as asked" if name != "auto" else "; ".join(["fastest that can", *passed_over])
-            return BlockChoice(ops, f"block: {candidate}, {ops.summary} ({why})")
-        passed_over.append(f"{candidate}: {reason}")
+            said = [f"{ops.summary}, as asked" if name != "auto" else ops.summary]
+            # what could run here and does not is worth a word
+            said += [f"{other} {reason.partition(':')[0]}" for other, reason in passed_over.items()
+                     if reason.startswith(FAILED)]
+            listing = (f"block by {other}: {reason}" for other, reason in passed_over.items())
+            return BlockChoice(ops, "; ".join(said), tuple(listing))
+        passed_over[candidate] = reason
     if name == "auto":
-        raise UserError("nothing can compute a block of this run", found="; ".join(passed_over))
+        raise UserError("nothing can compute a block of this run", found="; ".join(passed_over.values()))
     raise UserError(
-        f"{FLAG} {name} cannot run this job", found=passed_over[0].removeprefix(f"{name}: "),
-        expected=["auto", PLAIN.name], fix=f"{FLAG} auto",
+        f"{FLAG} cannot run this job", found=passed_over[name],
+        fix=f"leave {FLAG} out, or {FLAG} false" if name != PLAIN.name else None,
     )
 
 
@@ -68,5 +79,6 @@ def _look_up(name: str, needs: Needs) -> tuple[BlockOps | None, str]:
         return None, f"it cannot be imported: {first_line(reason)}"
     refused = ", ".join(ops.supports.objections(needs))
     if not refused and name != PLAIN.name and needs.device_type == "cuda":
-        refused = objection(ops, needs, torch.device("cuda", torch.cuda.current_device()))
+        found = objection(ops, needs, torch.device("cuda", torch.cuda.current_device()))
+        refused = f"{FAILED}: {found}" if found else ""
     return (None, refused) if refused else (ops, "")
