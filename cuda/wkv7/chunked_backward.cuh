@@ -56,7 +56,7 @@ struct BackwardMemory {
 // Starts copying what the making of P and Q reads of a chunk.
 template <int N>
 __device__ __forceinline__ void start_operands(BackwardMemory<N>& memory, const BackwardArguments& given,
-                                               const Walk<N>& walk, long long chunk) {
+                                               const Walk<N>& walk, int chunk) {
   const Window window = walk.window(chunk);
   start_copy<N, N>(memory.raw[0], given.r, window);
   start_copy<N, N>(memory.raw[1], given.k, window);
@@ -68,7 +68,7 @@ __device__ __forceinline__ void start_operands(BackwardMemory<N>& memory, const 
 // Starts copying what products read of a chunk as it is.
 template <int N>
 __device__ __forceinline__ void start_values(BackwardMemory<N>& memory, const BackwardArguments& given,
-                                             const Walk<N>& walk, long long chunk) {
+                                             const Walk<N>& walk, int chunk) {
   constexpr int STRIDE = Sizes<N>::STRIDE;
   const Window window = walk.window(chunk);
   start_copy<N, STRIDE>(memory.v, given.v, window);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void to_logit(Accumulator& gradient, const Bf16* logi
 }
 
 template <int N>
-__global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) backward(BackwardArguments given) {
+__global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(BackwardArguments given) {
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   constexpr int A_ROWS = CHUNK * SQUARE_STRIDE;
   BackwardMemory<N>& memory = *dynamic_shared<BackwardMemory<N>>();
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) backward(
   Accumulator dstate[TILES];
   load_state<N>(dstate, given.dfinal_state == nullptr ? nullptr : given.dfinal_state + own_state);
 
-  for (long long chunk = walk.chunks - 1; chunk >= 0; --chunk) {
+  for (int chunk = walk.chunks - 1; chunk >= 0; --chunk) {
     const Window window = walk.window(chunk);
     device::wait_for_copies();
     __syncthreads();  // the chunk is here; no warp reads the last one any more

@@ -36,7 +36,7 @@ struct ForwardMemory {
 // Starts copying chunk `chunk`; its values go to the half of `v` that the chunk before does not use.
 template <int N>
 __device__ __forceinline__ void start_chunk(ForwardMemory<N>& memory, const ForwardArguments& given,
-                                            const Walk<N>& walk, long long chunk) {
+                                            const Walk<N>& walk, int chunk) {
   const Window window = walk.window(chunk);
   start_copy<N, N>(memory.raw[0], given.r, window);
   start_copy<N, N>(memory.raw[1], given.w, window);
@@ -57,7 +57,7 @@ __device__ __forceinline__ void save_block(Bf16* saved, const Block& block, int 
 }
 
 template <int N>
-__global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) forward(ForwardArguments given) {
+__global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(ForwardArguments given) {
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   ForwardMemory<N>& memory = *dynamic_shared<ForwardMemory<N>>();
   const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first value channel
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, Sizes<N>::BLOCKS) forward(F
   Accumulator state[TILES];
   load_state<N>(state, given.state == nullptr ? nullptr : given.state + own_state);
 
-  for (long long chunk = 0; chunk < walk.chunks; ++chunk) {
+  for (int chunk = 0; chunk < walk.chunks; ++chunk) {
     const Window window = walk.window(chunk);
     device::wait_for_copies();
     __syncthreads();  // the chunk is here; no warp reads the last one's P, Q, A or M any more

@@ -42,62 +42,63 @@ struct Sizes {
   static_assert(N % 64 == 0, "the sums over columns deal out channels by 64");
   static constexpr int WARPS = N / 16;
   static constexpr int THREADS = 32 * WARPS;  // one for each half of each key channel
-  static constexpr int BLOCKS = N > 64 ? 1 : 3;  // that one multiprocessor should have registers for
   static constexpr int STRIDE = N + 8;        // of tiles that products read
   static constexpr int TILE = CHUNK * STRIDE;
   static constexpr int RAW = CHUNK * N;  // elements of a chunk of an operand as it comes
 };
 
-// How sequences lie in tensors of (rows of tokens, H, N): each B rows of T, or packed one behind another.
+// How sequences lie in tensors of (rows of tokens, H, N): each B rows of T, or packed one behind another. A sequence has
+// fewer than 2^31 tokens.
 struct Layout {
   const int* chunks;  // packed: (chunks of all sequences, 3): sequence, first row, tokens; otherwise null
   const int* first;   // packed: (sequences + 1), the first chunk of each
-  long long length;   // not packed: T
+  int length;         // not packed: T
   int heads;
 };
 
 // Where the tokens of a chunk lie in a tensor.
 struct Window {
   long long first;  // element offset of the first token's channel 0 of this head
-  long long step;   // elements from a token to the next
+  int step;         // elements from a token to the next
   int tokens;       // that exist, at most CHUNK
 };
 
 // The sequence and head whose chunks a block walks.
 template <int N>
 struct Walk {
-  long long start, length;  // the sequence's first row and its tokens
-  long long begin, chunks;  // its first chunk among all sequences', and how many it has
-  int head, heads;
+  long long first, first_saved;  // element offsets: of the first token, and of what is saved of the first chunk
+  int step, length, chunks;      // elements between tokens, tokens, and chunks of the sequence
 
-  __device__ __forceinline__ explicit Walk(const Layout& layout)
-      : head(blockIdx.x % layout.heads), heads(layout.heads) {
-    const long long sequence = blockIdx.x / layout.heads;
+  __device__ __forceinline__ explicit Walk(const Layout& layout) : step(layout.heads * N) {
+    const int sequence = blockIdx.x / layout.heads, head = blockIdx.x % layout.heads;
+    long long start, begin;  // the sequence's first row and chunk
     if (layout.first == nullptr) {
       length = layout.length;
-      start = sequence * length;
-      chunks = (length + CHUNK - 1) / CHUNK;
-      begin = sequence * chunks;
+      chunks = (length - 1) / CHUNK + (length > 0);
+      start = static_cast<long long>(sequence) * length;
+      begin = static_cast<long long>(sequence) * chunks;
     } else {
       begin = layout.first[sequence];
-      chunks = layout.first[sequence + 1] - begin;
+      chunks = layout.first[sequence + 1] - layout.first[sequence];
       start = length = 0;
       if (chunks > 0) {
         const int *one = layout.chunks + 3 * begin, *last = one + 3 * (chunks - 1);
         start = one[1];
-        length = last[1] + last[2] - start;
+        length = last[1] + last[2] - one[1];
       }
     }
+    first = start * step + head * N;
+    first_saved = (begin * layout.heads + head) * N * N;
   }
 
-  __device__ __forceinline__ Window window(long long chunk) const {
-    const long long left = length - chunk * CHUNK, step = static_cast<long long>(heads) * N;
-    return {(start + chunk * CHUNK) * step + head * N, step, left < CHUNK ? static_cast<int>(left) : CHUNK};
+  __device__ __forceinline__ Window window(int chunk) const {
+    const int left = length - chunk * CHUNK;
+    return {first + static_cast<long long>(chunk) * CHUNK * step, step, left < CHUNK ? left : CHUNK};
   }
 
   // Element offset of what is saved of a chunk, in (chunks of all sequences, H, N, N).
-  __device__ __forceinline__ long long saved(long long chunk) const {
-    return ((begin + chunk) * heads + head) * N * N;
+  __device__ __forceinline__ long long saved(int chunk) const {
+    return first_saved + static_cast<long long>(chunk) * N * step;
   }
 };
 
@@ -107,7 +108,7 @@ __device__ __forceinline__ void start_copy(Bf16* shared, const Bf16* tensor, con
   const int token = threadIdx.x / (N / 8), channel = threadIdx.x % (N / 8) * 8;
   Bf16* to = shared + token * STRIDE + channel;
   if (tensor != nullptr && token < window.tokens) {
-    device::copy_16_bytes(to, tensor + window.first + token * window.step + channel);
+    device::copy_16_bytes(to, tensor + window.first + static_cast<long long>(token) * window.step + channel);
   } else {
     *reinterpret_cast<uint4*>(to) = make_uint4(0u, 0u, 0u, 0u);
   }
@@ -290,7 +291,7 @@ __device__ __forceinline__ void send_staged(Bf16* tensor, const Bf16* stage, con
   const int token = lane_id() >> 1, half = (lane_id() & 1) * 8;
   __syncwarp();
   if (token < window.tokens) {
-    *reinterpret_cast<uint4*>(tensor + window.first + token * window.step + channel + half) =
+    *reinterpret_cast<uint4*>(tensor + window.first + static_cast<long long>(token) * window.step + channel + half) =
         *reinterpret_cast<const uint4*>(stage + token * STAGE_STRIDE + half);
   }
   __syncwarp();  // before the stage is written again
