@@ -14,8 +14,8 @@
 // Products with the state's gradient belong to warps by value channel, as in the forward; dP and dQ, which sum over
 // value channels, by key channel.
 //
-// Counted, not measured, for N = 64 and one chunk of one head: 128 threads; 536 products of 16x8x16 (2.2 MFLOP), of
-// which each warp does 134 or so; 22 KB read, 12 KB written; 5 barriers of the block.
+// Counted, not measured, for N = 64 and one chunk of one head: 128 threads; 496 products of 16x8x16 (2.0 MFLOP), of
+// which each warp does 124; 22 KB read, 12 KB written; 5 barriers of the block.
 #pragma once
 
 #include "chunked_tiles.cuh"
@@ -33,46 +33,47 @@ struct BackwardArguments {
   Layout layout;
 };
 
+// 49 KB for N = 64, so that two blocks fit on a multiprocessor with 100 KB.
 template <int N>
 struct BackwardMemory {
-  alignas(16) Bf16 raw[4][Sizes<N>::RAW];  // r, k, a, b as they come
-  alignas(16) Bf16 w[2][Sizes<N>::RAW];
-  alignas(16) Bf16 v[2 * Sizes<N>::TILE];   // Z: v and, below it, U
-  alignas(16) Bf16 dy[2 * Sizes<N>::TILE];  // O: dY and, below it, dX
+  union {
+    alignas(16) Bf16 raw[4][Sizes<N>::RAW];             // r, k, a, b as they come, until P and Q are made
+    alignas(16) Bf16 dstate[N * Sizes<N>::STRIDE];      // then G
+  };
+  alignas(16) Bf16 z[2 * Sizes<N>::TILE];  // V; below it the logits of the decay as they come, then U
+  alignas(16) Bf16 o[2 * Sizes<N>::TILE];  // dY and, below it, dX
   alignas(16) Bf16 p[2 * Sizes<N>::TILE];
   alignas(16) Bf16 q[2 * Sizes<N>::TILE];
   alignas(16) Bf16 state[N * Sizes<N>::STRIDE];
-  alignas(16) Bf16 dstate[N * Sizes<N>::STRIDE];
+  alignas(16) Bf16 logits[Sizes<N>::RAW];
   alignas(16) Bf16 square[2 * CHUNK * SQUARE_STRIDE];  // A, then dA
-  alignas(16) Bf16 inverse[2 * CHUNK * INVERSE_STRIDE];
-  alignas(16) Bf16 stage[Sizes<N>::WARPS][CHUNK * STAGE_STRIDE];
-  alignas(16) float solve[CHUNK * SOLVE_STRIDE];
+  union {
+    struct {
+      alignas(16) Bf16 inverse[2 * CHUNK * INVERSE_STRIDE];
+      alignas(16) float solve[CHUNK * SOLVE_STRIDE];
+    };
+    alignas(16) Bf16 stage[Sizes<N>::WARPS][CHUNK * CHUNK];  // once M is used up
+  };
   alignas(16) float exponents[(CHUNK + 1) * N];
   alignas(16) float enter[N];
   alignas(16) float leave[N];
   alignas(16) float both[Sizes<N>::WARPS][N];  // each warp's share of colsum(S * G)
 };
+static_assert(sizeof(BackwardMemory<64>) <= 49 * 1024, "two blocks fit beside each other");
 
-// Starts copying what the making of P and Q reads of a chunk.
+// Starts copying a chunk to where nothing of the chunk after it is needed any more once its dA is made.
 template <int N>
-__device__ __forceinline__ void start_operands(BackwardMemory<N>& memory, const BackwardArguments& given,
-                                               const Walk<N>& walk, int chunk) {
+__device__ __forceinline__ void start_chunk(BackwardMemory<N>& memory, const BackwardArguments& given,
+                                            const Walk<N>& walk, int chunk) {
+  constexpr int STRIDE = Sizes<N>::STRIDE;
   const Window window = walk.window(chunk);
   start_copy<N, N>(memory.raw[0], given.r, window);
   start_copy<N, N>(memory.raw[1], given.k, window);
   start_copy<N, N>(memory.raw[2], given.a, window);
   start_copy<N, N>(memory.raw[3], given.b, window);
-  start_copy<N, N>(memory.w[chunk & 1], given.w, window);
-}
-
-// Starts copying what products read of a chunk as it is.
-template <int N>
-__device__ __forceinline__ void start_values(BackwardMemory<N>& memory, const BackwardArguments& given,
-                                             const Walk<N>& walk, int chunk) {
-  constexpr int STRIDE = Sizes<N>::STRIDE;
-  const Window window = walk.window(chunk);
-  start_copy<N, STRIDE>(memory.v, given.v, window);
-  start_copy<N, STRIDE>(memory.dy, given.dy, window);
+  start_copy<N, N>(memory.z + CHUNK * STRIDE, given.w, window);
+  start_copy<N, STRIDE>(memory.z, given.v, window);
+  start_copy<N, STRIDE>(memory.o, given.dy, window);
   const Bf16* saved = given.saved + walk.saved(chunk);
 #pragma unroll
   for (int piece = threadIdx.x; piece < N * N / 8; piece += Sizes<N>::THREADS) {  // a row of an 8x8 block
@@ -186,8 +187,8 @@ __device__ __forceinline__ void send_gradient(Bf16* tensor, Accumulator gradient
       gradient.of[n][(i & 1) * 2 + 1] *= device::exp2_of(sign * two.y);
     }
   }
-  store<STAGE_STRIDE>(stage, rounded(gradient));
-  send_staged<N>(tensor, stage, window, channel);
+  store<CHUNK>(stage, rounded(gradient));
+  send_staged<N, CHUNK>(tensor, stage, window, channel);
 }
 
 // Turns a (tokens, keys) block of the gradient of the log decay into that of its logit.
@@ -211,10 +212,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
   const Walk<N> walk(given.layout);
   const long long own_state = (static_cast<long long>(blockIdx.x) * N + mine) * N;
 
-  if (walk.chunks > 0) {
-    start_operands<N>(memory, given, walk, walk.chunks - 1);
-    start_values<N>(memory, given, walk, walk.chunks - 1);
-  }
+  if (walk.chunks > 0) start_chunk<N>(memory, given, walk, walk.chunks - 1);
   Accumulator dstate[TILES];
   load_state<N>(dstate, given.dfinal_state == nullptr ? nullptr : given.dfinal_state + own_state);
 
@@ -222,10 +220,10 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
     const Window window = walk.window(chunk);
     device::wait_for_copies();
     __syncthreads();  // the chunk is here; no warp reads the last one any more
-    make_operands<N, true>(memory.p, memory.q, memory.enter, memory.leave, memory.exponents, memory.raw[0],
-                           memory.w[chunk & 1], memory.raw[1], memory.raw[2], memory.raw[3], window.tokens);
+    make_operands<N, true>(memory.p, memory.q, memory.enter, memory.leave, memory.exponents, memory.logits,
+                           memory.raw[0], memory.z + LOWER, memory.raw[1], memory.raw[2], memory.raw[3],
+                           window.tokens);
     __syncthreads();  // P and Q are made, and the raw operands used up
-    if (chunk > 0) start_operands<N>(memory, given, walk, chunk - 1);
 
     make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
     Accumulator x = zeros(), dv = zeros(), du = zeros();  // (values, tokens)
@@ -243,17 +241,17 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
     sum_columns<N>(memory.both[warp], both);
     __syncthreads();  // A and M are made
 
+    Block dv_rounded;
     {
-      const Block v = left_of_transposed<STRIDE>(memory.v + mine), dy = left_of_transposed<STRIDE>(memory.dy + mine);
+      const Block v = left_of_transposed<STRIDE>(memory.z + mine), dy = left_of_transposed<STRIDE>(memory.o + mine);
       add_product(x, v, right_of_transposed<SQUARE_STRIDE>(memory.square + A_ROWS));
-      store_transposed<STRIDE>(memory.v + LOWER + mine, rounded(times_inverse<true>(x, memory.inverse)));
+      store_transposed<STRIDE>(memory.z + LOWER + mine, rounded(times_inverse<true>(x, memory.inverse)));
       add_product(du, dy, right<SQUARE_STRIDE>(memory.square + CHUNK));
       const Block dx = rounded(times_inverse<false>(du, memory.inverse));
-      store_transposed<STRIDE>(memory.dy + LOWER + mine, dx);
+      store_transposed<STRIDE>(memory.o + LOWER + mine, dx);
       add_product(dv, dy, right<SQUARE_STRIDE>(memory.square));
       add_product(dv, dx, right<SQUARE_STRIDE>(memory.square + A_ROWS));
-      store_transposed<STAGE_STRIDE>(memory.stage[warp], rounded(dv));
-      send_staged<N>(given.dv, memory.stage[warp], window, mine);
+      dv_rounded = rounded(dv);
 #pragma unroll
       for (int j = 0; j < TILES; ++j) {
         add_product(dstate[j], dy, right<STRIDE>(memory.p + 16 * j));
@@ -267,8 +265,8 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
       Accumulator sum = zeros();
 #pragma unroll
       for (int i = 0; i < N; i += 16) {
-        add_product(sum, left<STRIDE>(memory.dy + (quadrant >> 1) * LOWER + i),
-                    right_of_transposed<STRIDE>(memory.v + (quadrant & 1) * LOWER + i));
+        add_product(sum, left<STRIDE>(memory.o + (quadrant >> 1) * LOWER + i),
+                    right_of_transposed<STRIDE>(memory.z + (quadrant & 1) * LOWER + i));
       }
       store_quadrant(memory.square, quadrant, sum);
     }
@@ -276,14 +274,14 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
 #pragma unroll
     for (int i = 0; i < N; i += 16) {
       const Block keys = right<STRIDE>(memory.state + i * STRIDE + mine);
-      add_product(dr, left<STRIDE>(memory.dy + i), keys);
-      add_product(da, left<STRIDE>(memory.dy + LOWER + i), keys);
+      add_product(dr, left<STRIDE>(memory.o + i), keys);
+      add_product(da, left<STRIDE>(memory.o + LOWER + i), keys);
       const Block dkeys = right<STRIDE>(memory.dstate + i * STRIDE + mine);
-      add_product(dk, left<STRIDE>(memory.v + i), dkeys);
-      add_product(db, left<STRIDE>(memory.v + LOWER + i), dkeys);
+      add_product(dk, left<STRIDE>(memory.z + i), dkeys);
+      add_product(db, left<STRIDE>(memory.z + LOWER + i), dkeys);
     }
-    __syncthreads();  // dA is made; Z, O and S are used up
-    if (chunk > 0) start_values<N>(memory, given, walk, chunk - 1);
+    __syncthreads();  // dA is made; Z, O, S and G are used up
+    if (chunk > 0) start_chunk<N>(memory, given, walk, chunk - 1);
 
     Accumulator all = times_operand<STRIDE>(memory.q + mine, dk);
     add(all, times_operand<STRIDE>(memory.q + LOWER + mine, db), 1.f);
@@ -314,8 +312,10 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
       decay.of[i >> 1][i & 1] += total;
       decay.of[i >> 1][(i & 1) + 2] += total;
     }
-    to_logit<N>(decay, memory.w[chunk & 1] + mine);
+    to_logit<N>(decay, memory.logits + mine);
     Bf16* stage = memory.stage[warp];
+    store_transposed<CHUNK>(stage, dv_rounded);
+    send_staged<N, CHUNK>(given.dv, stage, window, mine);
     send_gradient<N>(given.dw, decay, nullptr, 0.f, stage, window, mine);
     send_gradient<N>(given.dr, dr, memory.exponents + N, 1.f, stage, window, mine);
     send_gradient<N>(given.da, da, memory.exponents, 1.f, stage, window, mine);

@@ -1,8 +1,7 @@
 // wkv7 forward over chunks of 16 tokens on tensor cores; the formulas are in chunked_tiles.cuh.
 //
-// Counted, not measured, for N = 64 and one chunk of one head: 128 threads; 226 products of 16x8x16 (0.93 MFLOP), of
-// which each warp does 56 or so; 10 KB of operands and 2 KB of values read or written, 8 KB of state saved when
-// training; 3 barriers of the block.
+// Counted, not measured, for N = 64 and one chunk of one head: 128 threads; 208 products of 16x8x16 (0.85 MFLOP), of
+// which each warp does 52; 12 KB read, 2 KB written and when training 8 KB more; 3 barriers of the block.
 #pragma once
 
 #include "chunked_tiles.cuh"
@@ -72,8 +71,8 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(For
     const Window window = walk.window(chunk);
     device::wait_for_copies();
     __syncthreads();  // the chunk is here; no warp reads the last one's P, Q, A or M any more
-    make_operands<N, false>(memory.p, memory.q, memory.enter, memory.leave, nullptr, memory.raw[0], memory.raw[1],
-                            memory.raw[2], memory.raw[3], memory.raw[4], window.tokens);
+    make_operands<N, false>(memory.p, memory.q, memory.enter, memory.leave, nullptr, nullptr, memory.raw[0],
+                            memory.raw[1], memory.raw[2], memory.raw[3], memory.raw[4], window.tokens);
     __syncthreads();  // P and Q are made, and the raw operands used up
     if (chunk + 1 < walk.chunks) start_chunk<N>(memory, given, walk, chunk + 1);
 
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(For
     add_product(y, v, right_of_transposed<SQUARE_STRIDE>(memory.square));
     add_product(y, u, right_of_transposed<SQUARE_STRIDE>(memory.square + CHUNK));
     store_transposed<STAGE_STRIDE>(memory.stage[warp], rounded(y));
-    send_staged<N>(given.y, memory.stage[warp], window, mine);
+    send_staged<N, STAGE_STRIDE>(given.y, memory.stage[warp], window, mine);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
       add_product(state[j], v, right<STRIDE>(memory.q + 16 * j));

@@ -120,11 +120,11 @@ __device__ __forceinline__ float gate(Bf16 logit) {
 
 // Makes P and Q of a chunk, and what multiplies the state on entering (e^g) and on leaving it (e^(c_L - g)). Each
 // thread sums one channel's decays outwards from the middle, over one half of the tokens.
-// `exponents`, if KEPT, receives (c_(t-1) - g) log2(e) for t = 0 .. L, (CHUNK + 1, N).
+// If KEPT, `exponents` receives (c_(t-1) - g) log2(e) for t = 0 .. L, (CHUNK + 1, N), and `logits` a copy of w.
 template <int N, bool KEPT>
 __device__ __forceinline__ void make_operands(Bf16* p, Bf16* q, float* enter, float* leave, float* exponents,
-                                              const Bf16* r, const Bf16* w, const Bf16* k, const Bf16* a,
-                                              const Bf16* b, int tokens) {
+                                              Bf16* logits, const Bf16* r, const Bf16* w, const Bf16* k,
+                                              const Bf16* a, const Bf16* b, int tokens) {
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE;
   const int channel = threadIdx.x % N;
   const bool later = threadIdx.x >= N;
@@ -152,7 +152,10 @@ __device__ __forceinline__ void make_operands(Bf16* p, Bf16* q, float* enter, fl
     p[LOWER + at] = to_bf16(to_float(mine[3][i]) * before);
     q[at] = to_bf16(to_float(mine[2][i]) * inverse);
     q[LOWER + at] = to_bf16(to_float(mine[4][i]) * inverse);
-    if (KEPT) exponents[(later ? token + 1 : token) * N + channel] = next;
+    if (KEPT) {
+      exponents[(later ? token + 1 : token) * N + channel] = next;
+      logits[token * N + channel] = mine[1][i];
+    }
     sum = next;
     factor = next_factor;
   }
@@ -286,13 +289,13 @@ __device__ __forceinline__ void store_state(float* to, const Accumulator (&state
 }
 
 // Sends a warp's staged (16 tokens, 16 channels) to memory in whole 32-byte sectors.
-template <int N>
+template <int N, int STRIDE>
 __device__ __forceinline__ void send_staged(Bf16* tensor, const Bf16* stage, const Window& window, int channel) {
   const int token = lane_id() >> 1, half = (lane_id() & 1) * 8;
   __syncwarp();
   if (token < window.tokens) {
     *reinterpret_cast<uint4*>(tensor + window.first + static_cast<long long>(token) * window.step + channel + half) =
-        *reinterpret_cast<const uint4*>(stage + token * STAGE_STRIDE + half);
+        *reinterpret_cast<const uint4*>(stage + token * STRIDE + half);
   }
   __syncwarp();  // before the stage is written again
 }
