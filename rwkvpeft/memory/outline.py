@@ -108,7 +108,8 @@ def training_outline(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.recompute = LEVELS[config.runtime.grad_cp]
+    # auto is decided by what the levels need: until then the one that needs least
+    model.recompute = LEVELS.get(config.runtime.grad_cp, "block")
     for block in model.blocks:
         block.dropout = config.method.dropout  # type: ignore[assignment]
     return model.train()
