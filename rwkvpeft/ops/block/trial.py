@@ -94,10 +94,12 @@ def results_of(ops: BlockOps, call: Call, inputs: list[Tensor]) -> list[Tensor]:
     outputs = [output for output in call.run(ops, *inputs) if output is not None]
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    # the residual stream has no gradient where tokens are frozen
+    roots = [(output, seed) for output, seed in zip(outputs, seeds, strict=True) if output.requires_grad]
     wanting = [tensor for tensor in inputs if tensor.requires_grad]
-    if not wanting or not outputs[0].numel():
+    if not roots:
         return outputs
-    grads = torch.autograd.grad(outputs, wanting, seeds, allow_unused=True)
+    grads = torch.autograd.grad([root for root, _ in roots], wanting, [seed for _, seed in roots], allow_unused=True)
     return [*outputs, *(grad for grad in grads if grad is not None)]
 
 
@@ -105,7 +107,7 @@ def objection(ops: BlockOps, needs: Needs, device: torch.device | str) -> str:
     """Why the operators cannot be trusted on this device, in a few words; empty when they compute what they should."""
     heads = max(needs.heads, _HEADS)
     for name, call in CALLS.items():
-        inputs = draw(call.inputs, needs.dtype, heads=heads, head_size=needs.head_size)
+        inputs = draw(call.inputs, needs.dtype, heads=heads, head_size=needs.head_size, tokens=_TOKENS)
         wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
         try:
             found = results_of(ops, call, [tensor.detach().to(device).requires_grad_() for tensor in inputs])

@@ -284,7 +284,8 @@ def norm_mix_forward(
     block = triton.next_power_of_2(channels)
     residual = None if update is None else results[-1]
     _forward_kernel[(triton.cdiv(tokens, each), batch)](
-        x, update, residual, weight, bias, last, *_six(mixes), *_six(mixed, mixed[0]), after, stats, tokens, channels, eps, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
+        x, update, residual, weight, bias, last, *_six(mixes), *_six(mixed, mixed[0]), after,
+        stats, tokens, channels, eps, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
     )
     return results
 

@@ -1,7 +1,7 @@
 """The squared ReLU and the gate of the channel mixing.
 
-Of the squared ReLU only the result is kept, whose root tells enough: d relu(x)² = 2 sqrt(relu(x)²) dx. In 16 bits the root
-of the rounded square is off by a quarter of the last bit.
+Of the squared ReLU only the result is kept, whose root tells enough: d relu(x)² = 2 sqrt(relu(x)²) dx. The root of a
+rounded square is off by half as much as a rounded root would be.
 """
 
 from __future__ import annotations
