@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwkvpeft.ops.triton_tools import dot, load_block, load_tokens, place_of_chunk, store_block, store_tokens
 from rwkvpeft.ops.wkv7.triton_forward import Operands, Plan, launch_scan
-from rwkvpeft.ops.wkv7.triton_parts import STRONGEST, chunk_decays, seen
+from rwkvpeft.ops.wkv7.triton_parts import STRONGEST, chunk_decays, seeing, seen
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
@@ -46,82 +46,92 @@ def chunk_value_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
     block = chunk.to(tl.int64) * heads + head
     removal = load_block(A, block, L, N)
     key = load_block(K, block, L, N)
-    A_ak = seen(dot(removal, tl.trans(key), MODE), L, True)
-    solved = load_block(M, block, L, L)
     if tl.program_id(2) == 0:
+        A_ak = seen(dot(removal, tl.trans(key), MODE), L, True)
         value = load_tokens(v, first, count, head, heads, L, N).to(key.dtype)
         X = dot(A_ak, value, MODE) + dot(removal, tl.trans(load_block(S, block, N, N)), MODE)
-        store_block(U, dot(solved, X, MODE), block, L, N)
+        store_block(U, dot(load_block(M, block, L, L), X, MODE), block, L, N)
     else:
-        given = load_tokens(dy, first, count, head, heads, L, N).to(key.dtype)
-        grown = load_block(G, block, N, N)
         receptance = load_block(R, block, L, N)
         write = load_block(B, block, L, N)
-        A_rb = seen(dot(receptance, tl.trans(write), MODE), L, False)
-        dU = dot(tl.trans(A_rb), given, MODE) + dot(write, tl.trans(grown), MODE)
-        solved_back = dot(tl.trans(solved), dU, MODE).to(key.dtype)
-        store_block(dX, solved_back, block, L, N)
-        key = load_block(K, block, L, N)
-        out = dot(tl.trans(A_ak), solved_back, MODE) + dot(key, tl.trans(load_block(G, block, N, N)), MODE)
-        A_rk = seen(dot(load_block(R, block, L, N), tl.trans(key), MODE), L, False)
         given = load_tokens(dy, first, count, head, heads, L, N).to(key.dtype)
-        store_tokens(dv, out + dot(tl.trans(A_rk), given, MODE), first, count, head, heads, L, N)
+        dU = dot(seeing(dot(write, tl.trans(receptance), MODE), L, False), given, MODE)
+        dU += dot(write, tl.trans(load_block(G, block, N, N)), MODE)
+        back = dot(tl.trans(load_block(M, block, L, L)), dU, MODE).to(key.dtype)
+        store_block(dX, back, block, L, N)
+        given = load_tokens(dy, first, count, head, heads, L, N).to(key.dtype)
+        out = dot(seeing(dot(key, tl.trans(removal), MODE), L, True), back, MODE)
+        out += dot(seeing(dot(key, tl.trans(load_block(R, block, L, N)), MODE), L, False), given, MODE)
+        out += dot(key, tl.trans(load_block(G, block, N, N)), MODE)
+        store_tokens(dv, out, first, count, head, heads, L, N)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
-def chunk_key_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    R, A, K, B, w, v, dy, S, G, U, dX, table, dr, dw, dk, da, db, tokens, per_row, heads,  # noqa: ANN001
+def chunk_column_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    R, A, K, B, w, v, dy, G, U, dX, table, dk, db, d_ell, tokens, per_row, heads,  # noqa: ANN001
     L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """dr, dw, dk, da and db of one chunk of one head: grid (chunks, H).
-
-    The gradient of a log decay is a sum in which nearly all terms cancel between what a row and what a column of a
-    product is owed, if both are taken times the very operands that the product saw.
-    """
+    """dk or db, and its part in the gradient of log decays, of one chunk of one head: grid (chunks, H, 2)."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
-    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
-
-    given = load_tokens(dy, first, count, head, heads, L, N)
-    value = load_tokens(v, first, count, head, heads, L, N)
-    solved = load_block(U, block, L, N)
+    if tl.program_id(2) == 0:
+        source = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
+    else:
+        source = load_block(U, block, L, N)
+    given = load_tokens(dy, first, count, head, heads, L, N).to(K.dtype.element_ty)
+    inside = dot(seeing(dot(source, tl.trans(given), MODE), L, False), load_block(R, block, L, N), MODE)
     back = load_block(dX, block, L, N)
-    d_rk = seen(dot(given, tl.trans(value), MODE), L, False)
-    d_rb = seen(dot(given, tl.trans(solved), MODE), L, False)
-    d_ak = seen(dot(back, tl.trans(value), MODE), L, True)
-    d_ab = seen(dot(back, tl.trans(solved), MODE), L, True)
-    receptance = load_block(R, block, L, N)
-    removal = load_block(A, block, L, N)
-    key = load_block(K, block, L, N)
-    write = load_block(B, block, L, N)
-    S_start = load_block(S, block, N, N)
-    G_end = load_block(G, block, N, N)
+    inside += dot(seeing(dot(source, tl.trans(back), MODE), L, True), load_block(A, block, L, N), MODE)
+    leaving = dot(source, load_block(G, block, N, N), MODE)
+    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+    owed = (inside + leaving) * tl.exp(middle - c)
+    if tl.program_id(2) == 0:
+        store_tokens(dk, owed, first, count, head, heads, L, N)
+        column = load_block(K, block, L, N)
+    else:
+        store_tokens(db, owed, first, count, head, heads, L, N)
+        column = load_block(B, block, L, N)
+    before = column * leaving
+    through = tl.cumsum(before, 0) - before - tl.cumsum(column * inside, 0, reverse=True)
+    store_block(d_ell, through, 2 * block + tl.program_id(2), L, N)
 
-    owed = dot(d_rk, key, MODE) + dot(d_rb, write, MODE) + dot(given, S_start, MODE)
+
+@triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
+def chunk_row_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    R, A, K, B, w, v, dy, S, G, U, dX, d_ell, table, dr, dw, da, tokens, per_row, heads,  # noqa: ANN001
+    L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """dr, da and dw of one chunk of one head: grid (chunks, H)."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
+    block = chunk.to(tl.int64) * heads + head
+    source = load_tokens(dy, first, count, head, heads, L, N).to(R.dtype.element_ty)
+    value = load_tokens(v, first, count, head, heads, L, N).to(R.dtype.element_ty)
+    owed = dot(seen(dot(source, tl.trans(value), MODE), L, False), load_block(K, block, L, N), MODE)
+    solved = load_block(U, block, L, N)
+    owed += dot(seen(dot(source, tl.trans(solved), MODE), L, False), load_block(B, block, L, N), MODE)
+    owed += dot(source, load_block(S, block, N, N), MODE)
+    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
     store_tokens(dr, owed * tl.exp(c - middle), first, count, head, heads, L, N)
-    through = receptance * owed
-    owed = dot(d_ak, key, MODE) + dot(d_ab, write, MODE) + dot(back, S_start, MODE)
-    store_tokens(da, owed * tl.exp(e - middle), first, count, head, heads, L, N)
-    through_a = removal * owed
-    inside = dot(tl.trans(d_rk), receptance, MODE) + dot(tl.trans(d_ak), removal, MODE)
-    leaving = dot(value, G_end, MODE)
-    store_tokens(dk, (inside + leaving) * tl.exp(middle - c), first, count, head, heads, L, N)
-    through -= key * inside
-    before = key * leaving
-    inside = dot(tl.trans(d_rb), receptance, MODE) + dot(tl.trans(d_ab), removal, MODE)
-    leaving = dot(solved, G_end, MODE)
-    store_tokens(db, (inside + leaving) * tl.exp(middle - c), first, count, head, heads, L, N)
-    through -= write * inside
-    before += write * leaving
+    through = load_block(R, block, L, N) * owed
 
-    across = tl.sum(S_start.to(tl.float32) * G_end.to(tl.float32), 0)[None, :]
-    later = tl.cumsum(through + through_a, 0, reverse=True) - through_a
-    d_ell = across + later + tl.cumsum(before, 0) - before
+    source = load_block(dX, block, L, N)
+    value = load_tokens(v, first, count, head, heads, L, N).to(R.dtype.element_ty)
+    owed = dot(seen(dot(source, tl.trans(value), MODE), L, True), load_block(K, block, L, N), MODE)
+    solved = load_block(U, block, L, N)
+    owed += dot(seen(dot(source, tl.trans(solved), MODE), L, True), load_block(B, block, L, N), MODE)
+    owed += dot(source, load_block(S, block, N, N), MODE)
+    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+    store_tokens(da, owed * tl.exp(e - middle), first, count, head, heads, L, N)
+    own = load_block(A, block, L, N) * owed
+    later = tl.cumsum(through + own, 0, reverse=True) - own
+    later += load_block(d_ell, 2 * block, L, N) + load_block(d_ell, 2 * block + 1, L, N)
+    across = load_block(S, block, N, N).to(tl.float32) * load_block(G, block, N, N).to(tl.float32)
     # sigmoid(x) sigmoid(-x), without 1 - sigmoid(x), which loses every digit for a large x
     small = tl.exp(-tl.abs(load_tokens(w, first, count, head, heads, L, N)))
     slope = STRONGEST * small / ((1.0 + small) * (1.0 + small))
-    store_tokens(dw, d_ell * slope, first, count, head, heads, L, N)
+    store_tokens(dw, (later + tl.sum(across, 0)[None, :]) * slope, first, count, head, heads, L, N)
 
 
 def backward(
@@ -160,8 +170,14 @@ def backward(
         given.R, given.A, given.K, given.B, given.M, v, dy, states, ends, table, solved, back, dv, *plan.places,
         **plan.shape, num_warps=4, num_stages=1,
     )
-    chunk_key_gradients[plan.grid](
-        given.R, given.A, given.K, given.B, w, v, dy, states, ends, solved, back, table, dr, dw, dk, da, db,
-        *plan.places, **plan.shape, num_warps=4, num_stages=1,
+    d_ell = plan.blocks(v, 2, length, size)
+    decayed = (given.R, given.A, given.K, given.B)
+    chunk_column_gradients[(*plan.grid, 2)](
+        *decayed, w, v, dy, ends, solved, back, table, dk, db, d_ell, *plan.places,
+        **plan.shape, num_warps=4, num_stages=1,
+    )
+    chunk_row_gradients[plan.grid](
+        *decayed, w, v, dy, states, ends, solved, back, d_ell, table, dr, dw, da, *plan.places,
+        **plan.shape, num_warps=4, num_stages=1,
     )
     return grads, dstate

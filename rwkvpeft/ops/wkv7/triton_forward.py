@@ -108,10 +108,9 @@ def chunk_length(size: int, dtype: torch.dtype) -> int:
 
 
 def _length(size: int, mode: str) -> int:
-    # as long as registers last: fp32 operands of a product take two, and their tf32 halves as many again
-    if mode == "tf32x3":
-        return 16
-    return 64 if size <= 64 else 32
+    # as long as registers last: fp32 operands take twice those of bf16, and split into tf32 halves twice as many again
+    longest = {"tf32": 32, "tf32x3": 16}.get(mode, 64)
+    return longest if size <= 64 else min(longest, 32)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])

@@ -32,13 +32,25 @@ def chunk_decays(w, first, count, head, heads, L: tl.constexpr, N: tl.constexpr)
 
 @triton.jit
 def seen(x, L: tl.constexpr, STRICT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Zero (by selection: the rest may be infinite) where row t does not see column s: s <= t, or s < t if ``STRICT``."""
+    """Keep where row t sees column s, s <= t, or s < t if ``STRICT``; by selection, as the rest may be infinite."""
     row = tl.arange(0, L)[:, None]
     column = tl.arange(0, L)[None, :]
     if STRICT:
         kept = column < row
     else:
         kept = column <= row
+    return tl.where(kept, x, 0.0)
+
+
+@triton.jit
+def seeing(x, L: tl.constexpr, STRICT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """``seen`` of a transposed matrix: rows s, columns t."""
+    row = tl.arange(0, L)[:, None]
+    column = tl.arange(0, L)[None, :]
+    if STRICT:
+        kept = row < column
+    else:
+        kept = row <= column
     return tl.where(kept, x, 0.0)
 
 
