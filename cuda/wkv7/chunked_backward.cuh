@@ -18,20 +18,10 @@
 // which each warp does 124; 22 KB read, 12 KB written; 5 barriers of the block.
 #pragma once
 
-#include "chunked_tiles.cuh"
+#include "wkv7/chunked_tiles.cuh"
 
 namespace rwkvpeft {
 namespace wkv7_chunked {
-
-struct BackwardArguments {
-  const Bf16 *r, *w, *k, *v, *a, *b;  // (rows, H, N); w is the decay's logit
-  const Bf16* saved;                  // from the forward
-  const Bf16* dy;                     // (rows, H, N) or null for zeros
-  const float* dfinal_state;          // (sequences, H, N, N) or null for zeros
-  Bf16 *dr, *dw, *dk, *dv, *da, *db;  // (rows, H, N)
-  float* dstate;                      // (sequences, H, N, N)
-  Layout layout;
-};
 
 // 49 KB for N = 64, so that two blocks fit on a multiprocessor with 100 KB.
 template <int N>
@@ -63,18 +53,18 @@ static_assert(sizeof(BackwardMemory<64>) <= 49 * 1024, "two blocks fit beside ea
 
 // Starts copying a chunk to where nothing of the chunk after it is needed any more once its dA is made.
 template <int N>
-__device__ __forceinline__ void start_chunk(BackwardMemory<N>& memory, const BackwardArguments& given,
+__device__ __forceinline__ void start_chunk(BackwardMemory<N>& memory, const Wkv7ChunkedBackward& call,
                                             const Walk<N>& walk, int chunk) {
   constexpr int STRIDE = Sizes<N>::STRIDE;
   const Window window = walk.window(chunk);
-  start_copy<N, N>(memory.raw[0], given.r, window);
-  start_copy<N, N>(memory.raw[1], given.k, window);
-  start_copy<N, N>(memory.raw[2], given.a, window);
-  start_copy<N, N>(memory.raw[3], given.b, window);
-  start_copy<N, N>(memory.z + CHUNK * STRIDE, given.w, window);
-  start_copy<N, STRIDE>(memory.z, given.v, window);
-  start_copy<N, STRIDE>(memory.o, given.dy, window);
-  const Bf16* saved = given.saved + walk.saved(chunk);
+  start_copy<N, N>(memory.raw[0], call.r, window);
+  start_copy<N, N>(memory.raw[1], call.k, window);
+  start_copy<N, N>(memory.raw[2], call.a, window);
+  start_copy<N, N>(memory.raw[3], call.b, window);
+  start_copy<N, N>(memory.z + CHUNK * STRIDE, call.w, window);
+  start_copy<N, STRIDE>(memory.z, call.v, window);
+  start_copy<N, STRIDE>(memory.o, call.dy, window);
+  const Bf16* saved = static_cast<const Bf16*>(call.saved) + walk.saved(chunk);
 #pragma unroll
   for (int piece = threadIdx.x; piece < N * N / 8; piece += Sizes<N>::THREADS) {  // a row of an 8x8 block
     const int tile = piece / 8, row = tile / (N / 8) * 8 + piece % 8, column = tile % (N / 8) * 8;
@@ -175,7 +165,7 @@ __device__ __forceinline__ void sum_rows(Accumulator& rows) {
 
 // Writes a warp's (tokens, keys) block of a gradient, times e^(sign * exponents) unless sign is 0.
 template <int N>
-__device__ __forceinline__ void send_gradient(Bf16* tensor, Accumulator gradient, const float* exponents, float sign,
+__device__ __forceinline__ void send_gradient(void* tensor, Accumulator gradient, const float* exponents, float sign,
                                               Bf16* stage, const Window& window, int channel) {
   const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
   if (sign != 0.f) {
@@ -204,17 +194,17 @@ __device__ __forceinline__ void to_logit(Accumulator& gradient, const Bf16* logi
 }
 
 template <int N>
-__global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(BackwardArguments given) {
+__global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward_kernel(const Wkv7ChunkedBackward call) {
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   constexpr int A_ROWS = CHUNK * SQUARE_STRIDE;
   BackwardMemory<N>& memory = *dynamic_shared<BackwardMemory<N>>();
   const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first channel, of values and of keys
-  const Walk<N> walk(given.layout);
-  const long long own_state = (static_cast<long long>(blockIdx.x) * N + mine) * N;
+  const Walk<N> walk(call.rows);
+  const int64_t own_state = (static_cast<int64_t>(blockIdx.x) * N + mine) * N;
 
-  if (walk.chunks > 0) start_chunk<N>(memory, given, walk, walk.chunks - 1);
+  if (walk.chunks > 0) start_chunk<N>(memory, call, walk, walk.chunks - 1);
   Accumulator dstate[TILES];
-  load_state<N>(dstate, given.dfinal_state == nullptr ? nullptr : given.dfinal_state + own_state);
+  load_state<N>(dstate, call.dfinal_state == nullptr ? nullptr : call.dfinal_state + own_state);
 
   for (int chunk = walk.chunks - 1; chunk >= 0; --chunk) {
     const Window window = walk.window(chunk);
@@ -260,6 +250,10 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
       }
     }
     __syncthreads();  // Z, O and G are made, and A is used up
+    if (call.dr == nullptr) {  // only the state's gradient is wanted
+      if (chunk > 0) start_chunk<N>(memory, call, walk, chunk - 1);
+      continue;
+    }
 
     for (int quadrant = warp; quadrant < 4; quadrant += Sizes<N>::WARPS) {
       Accumulator sum = zeros();
@@ -281,7 +275,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
       add_product(db, left<STRIDE>(memory.z + LOWER + i), dkeys);
     }
     __syncthreads();  // dA is made; Z, O, S and G are used up
-    if (chunk > 0) start_chunk<N>(memory, given, walk, chunk - 1);
+    if (chunk > 0) start_chunk<N>(memory, call, walk, chunk - 1);
 
     Accumulator all = times_operand<STRIDE>(memory.q + mine, dk);
     add(all, times_operand<STRIDE>(memory.q + LOWER + mine, db), 1.f);
@@ -315,14 +309,14 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward(Ba
     to_logit<N>(decay, memory.logits + mine);
     Bf16* stage = memory.stage[warp];
     store_transposed<CHUNK>(stage, dv_rounded);
-    send_staged<N, CHUNK>(given.dv, stage, window, mine);
-    send_gradient<N>(given.dw, decay, nullptr, 0.f, stage, window, mine);
-    send_gradient<N>(given.dr, dr, memory.exponents + N, 1.f, stage, window, mine);
-    send_gradient<N>(given.da, da, memory.exponents, 1.f, stage, window, mine);
-    send_gradient<N>(given.dk, dk, memory.exponents + N, -1.f, stage, window, mine);
-    send_gradient<N>(given.db, db, memory.exponents + N, -1.f, stage, window, mine);
+    send_staged<N, CHUNK>(call.dv, stage, window, mine);
+    send_gradient<N>(call.dw, decay, nullptr, 0.f, stage, window, mine);
+    send_gradient<N>(call.dr, dr, memory.exponents + N, 1.f, stage, window, mine);
+    send_gradient<N>(call.da, da, memory.exponents, 1.f, stage, window, mine);
+    send_gradient<N>(call.dk, dk, memory.exponents + N, -1.f, stage, window, mine);
+    send_gradient<N>(call.db, db, memory.exponents + N, -1.f, stage, window, mine);
   }
-  store_state<N>(given.dstate + own_state, dstate);
+  if (call.dstate != nullptr) store_state<N>(call.dstate + own_state, dstate);
 }
 
 }  // namespace wkv7_chunked

@@ -4,19 +4,10 @@
 // which each warp does 52; 12 KB read, 2 KB written and when training 8 KB more; 3 barriers of the block.
 #pragma once
 
-#include "chunked_tiles.cuh"
+#include "wkv7/chunked_tiles.cuh"
 
 namespace rwkvpeft {
 namespace wkv7_chunked {
-
-struct ForwardArguments {
-  const Bf16 *r, *w, *k, *v, *a, *b;  // (rows, H, N); w is the decay's logit
-  const float* state;                 // (sequences, H, N, N) or null for zeros
-  Bf16* y;                            // (rows, H, N)
-  float* final_state;                 // (sequences, H, N, N)
-  Bf16* saved;  // (chunks, H, N, N) in 8x8 blocks, each chunk's starting state times e^g; null when not training
-  Layout layout;
-};
 
 template <int N>
 struct ForwardMemory {
@@ -34,15 +25,15 @@ struct ForwardMemory {
 
 // Starts copying chunk `chunk`; its values go to the half of `v` that the chunk before does not use.
 template <int N>
-__device__ __forceinline__ void start_chunk(ForwardMemory<N>& memory, const ForwardArguments& given,
+__device__ __forceinline__ void start_chunk(ForwardMemory<N>& memory, const Wkv7ChunkedForward& call,
                                             const Walk<N>& walk, int chunk) {
   const Window window = walk.window(chunk);
-  start_copy<N, N>(memory.raw[0], given.r, window);
-  start_copy<N, N>(memory.raw[1], given.w, window);
-  start_copy<N, N>(memory.raw[2], given.k, window);
-  start_copy<N, N>(memory.raw[3], given.a, window);
-  start_copy<N, N>(memory.raw[4], given.b, window);
-  start_copy<N, Sizes<N>::STRIDE>(memory.v[chunk & 1], given.v, window);
+  start_copy<N, N>(memory.raw[0], call.r, window);
+  start_copy<N, N>(memory.raw[1], call.w, window);
+  start_copy<N, N>(memory.raw[2], call.k, window);
+  start_copy<N, N>(memory.raw[3], call.a, window);
+  start_copy<N, N>(memory.raw[4], call.b, window);
+  start_copy<N, Sizes<N>::STRIDE>(memory.v[chunk & 1], call.v, window);
 }
 
 // Keeps a warp's 16x16 piece of a state, rows `row` and on, keys `column` and on, in 8x8 blocks of 128 bytes.
@@ -56,16 +47,17 @@ __device__ __forceinline__ void save_block(Bf16* saved, const Block& block, int 
 }
 
 template <int N>
-__global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(ForwardArguments given) {
+__global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward_kernel(const Wkv7ChunkedForward call) {
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   ForwardMemory<N>& memory = *dynamic_shared<ForwardMemory<N>>();
   const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first value channel
-  const Walk<N> walk(given.layout);
-  const long long own_state = (static_cast<long long>(blockIdx.x) * N + mine) * N;
+  const Walk<N> walk(call.rows);
+  Bf16* const saved = static_cast<Bf16*>(call.saved);
+  const int64_t own_state = (static_cast<int64_t>(blockIdx.x) * N + mine) * N;
 
-  if (walk.chunks > 0) start_chunk<N>(memory, given, walk, 0);
+  if (walk.chunks > 0) start_chunk<N>(memory, call, walk, 0);
   Accumulator state[TILES];
-  load_state<N>(state, given.state == nullptr ? nullptr : given.state + own_state);
+  load_state<N>(state, call.state == nullptr ? nullptr : call.state + own_state);
 
   for (int chunk = 0; chunk < walk.chunks; ++chunk) {
     const Window window = walk.window(chunk);
@@ -74,7 +66,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(For
     make_operands<N, false>(memory.p, memory.q, memory.enter, memory.leave, nullptr, nullptr, memory.raw[0],
                             memory.raw[1], memory.raw[2], memory.raw[3], memory.raw[4], window.tokens);
     __syncthreads();  // P and Q are made, and the raw operands used up
-    if (chunk + 1 < walk.chunks) start_chunk<N>(memory, given, walk, chunk + 1);
+    if (chunk + 1 < walk.chunks) start_chunk<N>(memory, call, walk, chunk + 1);
 
     make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
     Accumulator y = zeros(), x = zeros();  // (values, tokens): what r and a read of the state
@@ -82,7 +74,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(For
     for (int j = 0; j < TILES; ++j) {
       scale(state[j], memory.enter + 16 * j);
       const Block keys = rounded(state[j]);
-      if (given.saved != nullptr) save_block<N>(given.saved + walk.saved(chunk), keys, mine, 16 * j);
+      if (saved != nullptr) save_block<N>(saved + walk.saved(chunk), keys, mine, 16 * j);
       add_product(y, keys, right_of_transposed<STRIDE>(memory.p + 16 * j));
       add_product(x, keys, right_of_transposed<STRIDE>(memory.p + LOWER + 16 * j));
     }
@@ -94,7 +86,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(For
     add_product(y, v, right_of_transposed<SQUARE_STRIDE>(memory.square));
     add_product(y, u, right_of_transposed<SQUARE_STRIDE>(memory.square + CHUNK));
     store_transposed<STAGE_STRIDE>(memory.stage[warp], rounded(y));
-    send_staged<N, STAGE_STRIDE>(given.y, memory.stage[warp], window, mine);
+    send_staged<N, STAGE_STRIDE>(call.y, memory.stage[warp], window, mine);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
       add_product(state[j], v, right<STRIDE>(memory.q + 16 * j));
@@ -102,7 +94,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward(For
       scale(state[j], memory.leave + 16 * j);
     }
   }
-  store_state<N>(given.final_state + own_state, state);
+  store_state<N>(call.final_state + own_state, state);
 }
 
 }  // namespace wkv7_chunked

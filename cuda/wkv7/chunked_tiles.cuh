@@ -24,12 +24,13 @@
 // the usual remedy for e^(-c) growing without bound.
 #pragma once
 
-#include "../common/mma.cuh"
+#include "common/mma.cuh"
+#include "wkv7/chunked.h"
 
 namespace rwkvpeft {
 namespace wkv7_chunked {
 
-constexpr int CHUNK = 16;
+constexpr int CHUNK = WKV7_CHUNK;
 constexpr int SQUARE_STRIDE = 2 * CHUNK + 8;   // of the 32x32 matrix A
 constexpr int INVERSE_STRIDE = CHUNK + 8;      // of M's two halves
 constexpr int SOLVE_STRIDE = CHUNK + 4;        // of A_ab in float, by columns
@@ -47,18 +48,9 @@ struct Sizes {
   static constexpr int RAW = CHUNK * N;  // elements of a chunk of an operand as it comes
 };
 
-// How sequences lie in tensors of (rows of tokens, H, N): each B rows of T, or packed one behind another. A sequence has
-// fewer than 2^31 tokens.
-struct Layout {
-  const int* chunks;  // packed: (chunks of all sequences, 3): sequence, first row, tokens; otherwise null
-  const int* first;   // packed: (sequences + 1), the first chunk of each
-  int length;         // not packed: T
-  int heads;
-};
-
 // Where the tokens of a chunk lie in a tensor.
 struct Window {
-  long long first;  // element offset of the first token's channel 0 of this head
+  int64_t first;  // element offset of the first token's channel 0 of this head
   int step;         // elements from a token to the next
   int tokens;       // that exist, at most CHUNK
 };
@@ -66,49 +58,51 @@ struct Window {
 // The sequence and head whose chunks a block walks.
 template <int N>
 struct Walk {
-  long long first, first_saved;  // element offsets: of the first token, and of what is saved of the first chunk
+  int64_t first, first_saved;  // element offsets: of the first token, and of what is saved of the first chunk
   int step, length, chunks;      // elements between tokens, tokens, and chunks of the sequence
 
-  __device__ __forceinline__ explicit Walk(const Layout& layout) : step(layout.heads * N) {
-    const int sequence = blockIdx.x / layout.heads, head = blockIdx.x % layout.heads;
-    long long start, begin;  // the sequence's first row and chunk
-    if (layout.first == nullptr) {
-      length = layout.length;
+  __device__ __forceinline__ explicit Walk(const Wkv7Rows& rows) : step(static_cast<int>(rows.heads) * N) {
+    const int heads = static_cast<int>(rows.heads), block = static_cast<int>(blockIdx.x);
+    const int sequence = block / heads, head = block % heads;
+    int64_t start, begin;  // the sequence's first row and chunk
+    if (rows.first == nullptr) {
+      length = static_cast<int>(rows.tokens);
       chunks = (length - 1) / CHUNK + (length > 0);
-      start = static_cast<long long>(sequence) * length;
-      begin = static_cast<long long>(sequence) * chunks;
+      start = static_cast<int64_t>(sequence) * length;
+      begin = static_cast<int64_t>(sequence) * chunks;
     } else {
-      begin = layout.first[sequence];
-      chunks = layout.first[sequence + 1] - layout.first[sequence];
+      begin = rows.first[sequence];
+      chunks = rows.first[sequence + 1] - rows.first[sequence];
       start = length = 0;
       if (chunks > 0) {
-        const int *one = layout.chunks + 3 * begin, *last = one + 3 * (chunks - 1);
+        const int32_t *one = rows.chunks + 3 * begin, *last = one + 3 * (chunks - 1);
         start = one[1];
         length = last[1] + last[2] - one[1];
       }
     }
     first = start * step + head * N;
-    first_saved = (begin * layout.heads + head) * N * N;
+    first_saved = (begin * heads + head) * N * N;
   }
 
   __device__ __forceinline__ Window window(int chunk) const {
     const int left = length - chunk * CHUNK;
-    return {first + static_cast<long long>(chunk) * CHUNK * step, step, left < CHUNK ? left : CHUNK};
+    return {first + static_cast<int64_t>(chunk) * CHUNK * step, step, left < CHUNK ? left : CHUNK};
   }
 
   // Element offset of what is saved of a chunk, in (chunks of all sequences, H, N, N).
-  __device__ __forceinline__ long long saved(int chunk) const {
-    return first_saved + static_cast<long long>(chunk) * N * step;
+  __device__ __forceinline__ int64_t saved(int chunk) const {
+    return first_saved + static_cast<int64_t>(chunk) * N * step;
   }
 };
 
 // Starts copying a chunk to shared memory, zeros for tokens that do not exist or a tensor that is not given.
 template <int N, int STRIDE>
-__device__ __forceinline__ void start_copy(Bf16* shared, const Bf16* tensor, const Window& window) {
+__device__ __forceinline__ void start_copy(Bf16* shared, const void* tensor, const Window& window) {
   const int token = threadIdx.x / (N / 8), channel = threadIdx.x % (N / 8) * 8;
   Bf16* to = shared + token * STRIDE + channel;
   if (tensor != nullptr && token < window.tokens) {
-    device::copy_16_bytes(to, tensor + window.first + static_cast<long long>(token) * window.step + channel);
+    device::copy_16_bytes(
+        to, static_cast<const Bf16*>(tensor) + window.first + static_cast<int64_t>(token) * window.step + channel);
   } else {
     *reinterpret_cast<uint4*>(to) = make_uint4(0u, 0u, 0u, 0u);
   }
@@ -290,11 +284,12 @@ __device__ __forceinline__ void store_state(float* to, const Accumulator (&state
 
 // Sends a warp's staged (16 tokens, 16 channels) to memory in whole 32-byte sectors.
 template <int N, int STRIDE>
-__device__ __forceinline__ void send_staged(Bf16* tensor, const Bf16* stage, const Window& window, int channel) {
+__device__ __forceinline__ void send_staged(void* tensor, const Bf16* stage, const Window& window, int channel) {
   const int token = lane_id() >> 1, half = (lane_id() & 1) * 8;
   __syncwarp();
   if (token < window.tokens) {
-    *reinterpret_cast<uint4*>(tensor + window.first + static_cast<long long>(token) * window.step + channel + half) =
+    *reinterpret_cast<uint4*>(static_cast<Bf16*>(tensor) + window.first +
+                              static_cast<int64_t>(token) * window.step + channel + half) =
         *reinterpret_cast<const uint4*>(stage + token * STRIDE + half);
   }
   __syncwarp();  // before the stage is written again
