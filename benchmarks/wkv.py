@@ -37,7 +37,7 @@ from measuring import (
     write_json,
 )
 from torch import Tensor
-from wkv_cases import cases, errors, results
+from wkv_cases import cases, errors, few_cases, results
 
 from rwkvpeft.ops.bench import first_line
 from rwkvpeft.ops.contract import Backend, Needs, Wkv
@@ -156,12 +156,12 @@ def measure(operator: str, shape: Shape, runs: Mapping[str, Wkv], options: argpa
     return rows
 
 
-def hard(operator: str, backends: Mapping[str, Backend], device: torch.device) -> list[dict[str, Any]]:
+def hard(operator: str, backends: Mapping[str, Backend], device: torch.device, few: bool) -> list[dict[str, Any]]:
     """One row for each input and backend: its largest error over what that result excuses."""
     truth: Backend = find(BACKENDS[operator], "torch", flag="")
     exact = taking_sequences(operator, truth)
     rows = []
-    for case in cases(operator, device, large=device.type == "cuda"):
+    for case in few_cases(operator, device) if few else cases(operator, device, large=device.type == "cuda"):
         expected = results(exact, case, torch.float64)
         for name, backend in backends.items():
             size, dtype = case.operands["v"].shape[-1], case.operands["v"].dtype
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", default=[], metavar="MODULE:FUNCTION")
     parser.add_argument("--peer", nargs="+", default=[], metavar="NAME=PATH", help="wkv7 of others, see peers.py")
     parser.add_argument("--hard", action="store_true", help="errors on inputs that break naive kernels, no times")
+    parser.add_argument("--few", action="store_true", help="with --hard: three small inputs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (%(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -221,7 +222,7 @@ def main() -> None:
         backends, absent = find_backends(operator, wanted)
         record["absent"][operator] = absent
         if options.hard:
-            rows = hard(operator, backends, options.device)
+            rows = hard(operator, backends, options.device, options.few)
             record["rows"] += rows
             print_table(rows)
         else:

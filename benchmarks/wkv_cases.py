@@ -73,6 +73,19 @@ def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
     return {name: relative_error(found[name], tensor) for name, tensor in expected.items()}
 
 
+def few_cases(operator: str, device: torch.device) -> Iterator[Case]:
+    """Three of them, small enough for Triton's interpreter: fp32, fp32 with both decays, a packed row."""
+    needs = Needs(device.type, torch.float32, 64, training=True, batch=1, tokens=37, heads=1)
+    torch.manual_seed(3)
+    state = torch.randn(1, 1, 64, 64, device=device)
+    operands = {name: x.detach() for name, x in sample_operands(operator, needs, device).items()}
+    yield Case("T = 37", operands, state)
+    mixed = {name: x.clone() for name, x in operands.items()}
+    _DECAYS[operator == "wkv7"]["both by channel"](mixed)
+    yield Case("both decays by channel", mixed, state)
+    yield Case("packed row", operands, torch.randn(3, 1, 64, 64, device=device), lengths=(20, 0, 17))
+
+
 def cases(operator: str, device: torch.device, *, large: bool) -> Iterator[Case]:
     """All inputs for one operator, ``large`` ones with N = 64 and up to 1000 heads."""
     size = 64 if large else 16

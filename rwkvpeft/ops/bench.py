@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -94,7 +95,7 @@ class Bench:
             keep_times(self.memory, self._key(operator, names, needs), times)
 
     def _key(self, operator: str, names: Iterable[str], needs: Needs) -> str:
-        versions = [f"{package} {_version(package)}" for package in _PACKAGES]
+        versions = [*(f"{package} {_version(package)}" for package in _PACKAGES), f"kernels {_sources()}"]
         sizes = [f"B*H {_bucket(needs.groups)}", f"T {_bucket(needs.tokens)}", f"N {needs.head_size}"]
         return ", ".join([self.device, *versions, operator, str(needs.dtype), *sizes, "/".join(sorted(names))])
 
@@ -139,6 +140,17 @@ def keep_times(path: Path, key: str, times: Mapping[str, float]) -> None:
 def _bucket(number: int) -> int:
     """The next power of two: speed hardly differs between."""
     return 1 << max(0, number - 1).bit_length()
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the kernels: one that is changed is timed again."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for folder, pattern in ((package / "ops", "*.py"), (package, "*.cu*"), (package.parent / "cuda", "*.cu*")):
+        for path in sorted(folder.rglob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _version(package: str) -> str:
