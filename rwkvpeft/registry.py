@@ -22,16 +22,22 @@ MODELS: dict[str, str] = {
 BACKENDS: dict[str, dict[str, str]] = {
     # in the order of their likely speed; on a GPU it is measured
     "wkv5": {
+        "triton": "rwkvpeft.ops.wkv5.triton_kernel:BACKEND",
+        "cuda": "rwkvpeft.ops.wkv5.cuda_kernel:BACKEND",
         "fla": "rwkvpeft.ops.wkv5.fla_kernel:BACKEND",
         "torch": "rwkvpeft.ops.wkv5.chunked:BACKEND",
         "reference": "rwkvpeft.ops.wkv5.reference:BACKEND",
     },
     "wkv6": {
+        "triton": "rwkvpeft.ops.wkv6.triton_kernel:BACKEND",
+        "cuda": "rwkvpeft.ops.wkv6.cuda_kernel:BACKEND",
         "fla": "rwkvpeft.ops.wkv6.fla_kernel:BACKEND",
         "torch": "rwkvpeft.ops.wkv6.chunked:BACKEND",
         "reference": "rwkvpeft.ops.wkv6.reference:BACKEND",
     },
     "wkv7": {
+        "triton": "rwkvpeft.ops.wkv7.triton_kernel:BACKEND",
+        "cuda": "rwkvpeft.ops.wkv7.cuda_kernel:BACKEND",
         "fla": "rwkvpeft.ops.wkv7.fla_kernel:BACKEND",
         "torch": "rwkvpeft.ops.wkv7.chunked:BACKEND",
         "reference": "rwkvpeft.ops.wkv7.reference:BACKEND",

@@ -34,7 +34,7 @@ COARSE = 5.0
 """An error so many limits large is a fault. Between one and so many limits lies a program that is merely coarse: who
 asks for it by name gets it, ``auto`` passes it over."""
 
-_BATCH, _TOKENS, _HEADS = 2, 100, 3  # a row of several chunks of any usual length, the last of them cut short
+_BATCH, _TOKENS, _HEADS = 2, 150, 3  # several chunks of any usual length, the last of them cut short
 _WARM_UP, _REPEATS, _BUDGET_MS = 2, 10, 150.0
 
 
