@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkvpeft.adapters.frozen_products import is_frozen, with_lora
 from rwkvpeft.adapters.linear import AdaptedLinear, LinearAdapter
 from rwkvpeft.adapters.settings import LoraConfig
 from rwkvpeft.adapters.targets import device_of
@@ -45,7 +46,9 @@ class LoraLinear(AdaptedLinear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Base and update."""
+        """Base and update. With dropout or a trained base this is left to autograd, which keeps more."""
+        if is_frozen(self.base) and not (self.training and self.dropout):
+            return with_lora(self.base, x, self.lora_A, self.lora_B, self.scaling)
         return cast(Tensor, self.base(x) + self.update(x))
 
     def update(self, x: Tensor) -> Tensor:
@@ -107,6 +110,7 @@ class DoraLinear(LoraLinear):
         """Base and update, each output channel scaled."""
         # less 1, since near 1 bf16 has steps of 0.4 to 0.8 percent, more than a magnitude moves in many steps
         gain = (self.lora_magnitude_vector / self._lengths() - 1).to(x.dtype)
+        # apart, since their sum is rounded: the small product would be lost in it
         base, update = self.base(x), self.update(x)
         return cast(Tensor, base + torch.addcmul(update, base + update, gain))
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.adapters.frozen_products import fold, is_frozen, with_shard
 from rwkvpeft.adapters.linear import AdaptedLinear, LinearAdapter
 from rwkvpeft.adapters.settings import BatConfig, MissConfig
 from rwkvpeft.adapters.targets import device_of
@@ -44,10 +45,12 @@ class MissLinear(AdaptedLinear):
         self.miss = nn.Parameter(torch.zeros(rank, columns, device=device_of(base), dtype=torch.float32))
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Base and update."""
+        """Base and update. With dropout or a trained base this is left to autograd, which keeps more."""
         rank, columns = self.miss.shape
+        if is_frozen(self.base) and not (self.training and self.dropout):
+            return with_shard(self.base, x, self.miss)
         x_in = F.dropout(x, self.dropout, self.training)
-        shards = F.pad(x_in, (0, -self.in_features % rank)).unflatten(-1, (-1, rank)).sum(-2)
+        shards = fold(x_in.reshape(-1, self.in_features), rank).view(*x.shape[:-1], rank)
         update = shards @ self.miss.to(x.dtype)
         if columns != self.out_features:
             update = torch.cat([update] * (self.out_features // columns), dim=-1)
