@@ -53,7 +53,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   return cudaSuccess;
 }
 
-#else
+#elif defined(__CUDACC__)
 
 // The block's dynamic shared memory, from its first byte, which is aligned to 16.
 template <typename T>

@@ -15,8 +15,8 @@
 //
 //     dlog_t = E_(t-1) - a_t da_t      E_t = dlog_t - r_t dr_t + b_t db_t + k_t dk_t      (each key channel alone)
 //
-// from E at the segment's start, where both are at hand. d >= 0.545, so that dlog is no smaller than what it is the
-// difference of, and sixteen steps of this lose nothing that matters.
+// from E at the segment's start, where both are at hand. As d >= 0.545, E changes slowly enough that sixteen such
+// steps cost about one more digit's rounding; where decays can vanish this would not do (see common/diagonal.cuh).
 #pragma once
 
 #include "common/pieces.cuh"

@@ -3,6 +3,7 @@
 // missing barrier mostly shows as a wrong result, and a barrier that some threads never reach as an error.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -56,7 +57,9 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // enters the fiber once; afterwards jumps do, which cost no system call
+  jmp_buf place;
+  bool entered = false;
   std::unique_ptr<char[]> stack;
   dim3 index;
   bool finished = false;
@@ -68,7 +71,7 @@ struct Warp {
 };
 
 struct Block {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barrier;
@@ -84,7 +87,17 @@ inline int thread_number() { return block->current; }
 inline int lane() { return thread_number() % warp_size; }
 inline Warp& warp() { return block->warps[thread_number() / warp_size]; }
 
-inline void yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+inline void yield() {
+  if (_setjmp(block->fibers[block->current].place) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Until the fiber yields or ends.
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.place, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
+}
 
 inline void wait(Barrier& barrier) {
   const long mine = barrier.generation;
@@ -102,7 +115,7 @@ inline void enter() {
   block->body();
   fiber.finished = true;
   block->progress = true;
-  swapcontext(&fiber.context, &block->scheduler);
+  _longjmp(block->scheduler, 1);
 }
 
 // Dynamic shared memory of the running block; filled with NaN patterns, as a GPU promises nothing either.
@@ -118,7 +131,7 @@ inline void run_block(Block& now, dim3 index) {
     now.warps[i].barrier = Barrier{std::min(warp_size, threads - static_cast<int>(i) * warp_size)};
   }
   for (Fiber& fiber : now.fibers) {
-    fiber.finished = false;
+    fiber.finished = fiber.entered = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = stack_bytes;
@@ -133,7 +146,7 @@ inline void run_block(Block& now, dim3 index) {
       if (fiber.finished) continue;
       now.current = i;
       threadIdx = fiber.index;
-      swapcontext(&now.scheduler, &fiber.context);
+      resume(fiber);
       unfinished += !fiber.finished;
     }
     if (unfinished > 0 && !now.progress) {
