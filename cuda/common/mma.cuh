@@ -6,7 +6,7 @@
 // An accumulator rounded to bf16 is a left operand as it stands: no lane needs what another holds.
 //
 // Tiles in shared memory are row-major; a row stride of 8 more than a multiple of 16 elements keeps every access here
-// free of bank conflicts. Needs sm_80 or newer.
+// free of bank conflicts. GPUs before sm_80 have no such products: kernels are empty there, and not to be called.
 #pragma once
 
 #include "device.cuh"
@@ -24,6 +24,12 @@ struct Accumulator {
 };
 
 }  // namespace rwkvpeft
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define RWKVPEFT_HAS_BF16_PRODUCTS 0
+#else
+#define RWKVPEFT_HAS_BF16_PRODUCTS 1
+#endif
 
 #ifndef CUDA_SHIM
 

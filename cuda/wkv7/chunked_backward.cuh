@@ -195,6 +195,7 @@ __device__ __forceinline__ void to_logit(Accumulator& gradient, const Bf16* logi
 
 template <int N>
 __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward_kernel(const Wkv7ChunkedBackward call) {
+#if RWKVPEFT_HAS_BF16_PRODUCTS
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   constexpr int A_ROWS = CHUNK * SQUARE_STRIDE;
   BackwardMemory<N>& memory = *dynamic_shared<BackwardMemory<N>>();
@@ -317,6 +318,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward_ke
     send_gradient<N>(call.db, db, memory.exponents + N, -1.f, stage, window, mine);
   }
   if (call.dstate != nullptr) store_state<N>(call.dstate + own_state, dstate);
+#endif
 }
 
 }  // namespace wkv7_chunked

@@ -48,6 +48,7 @@ __device__ __forceinline__ void save_block(Bf16* saved, const Block& block, int 
 
 template <int N>
 __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward_kernel(const Wkv7ChunkedForward call) {
+#if RWKVPEFT_HAS_BF16_PRODUCTS
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE, TILES = N / 16;
   ForwardMemory<N>& memory = *dynamic_shared<ForwardMemory<N>>();
   const int warp = threadIdx.x / 32, mine = warp * 16;  // the warp's first value channel
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward_ker
     }
   }
   store_state<N>(call.final_state + own_state, state);
+#endif
 }
 
 }  // namespace wkv7_chunked
