@@ -2,7 +2,7 @@
 
     1. chunk by chunk    E and D = dYᵀ Q, from operands computed anew
     2. scan backwards    G_(n-1) = (G_n + G_n Eᵀ + D) with the chunk's decays; every G_n is kept
-    3. chunk by chunk    dv, U and dX; then the gradients of all that bears a decay
+    3. chunk by chunk    U and dX; from these the gradients of all operands; and of the decays, from their parts
 """
 
 from __future__ import annotations
@@ -36,88 +36,88 @@ def chunk_gradient_maps(  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
-def chunk_value_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    R, A, K, B, M, v, dy, S, G, table, U, dX, dv, tokens, per_row, heads,  # noqa: ANN001
+def chunk_solutions(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    R, A, K, B, M, v, dy, S, G, table, U, dX, tokens, per_row, heads,  # noqa: ANN001
     L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """U, and in another program dX and dv, of one chunk of one head: grid (chunks, H, 2)."""
+    """U or dX of one chunk of one head: grid (chunks, H, 2)."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
-    removal = load_block(A, block, L, N)
-    key = load_block(K, block, L, N)
     if tl.program_id(2) == 0:
-        A_ak = seen(dot(removal, tl.trans(key), MODE), L, True)
-        value = load_tokens(v, first, count, head, heads, L, N).to(key.dtype)
-        X = dot(A_ak, value, MODE) + dot(removal, tl.trans(load_block(S, block, N, N)), MODE)
+        removal = load_block(A, block, L, N)
+        value = load_tokens(v, first, count, head, heads, L, N).to(A.dtype.element_ty)
+        X = dot(seen(dot(removal, tl.trans(load_block(K, block, L, N)), MODE), L, True), value, MODE)
+        X += dot(removal, tl.trans(load_block(S, block, N, N)), MODE)
         store_block(U, dot(load_block(M, block, L, L), X, MODE), block, L, N)
     else:
-        receptance = load_block(R, block, L, N)
         write = load_block(B, block, L, N)
-        given = load_tokens(dy, first, count, head, heads, L, N).to(key.dtype)
-        dU = dot(seeing(dot(write, tl.trans(receptance), MODE), L, False), given, MODE)
+        given = load_tokens(dy, first, count, head, heads, L, N).to(A.dtype.element_ty)
+        dU = dot(seeing(dot(write, tl.trans(load_block(R, block, L, N)), MODE), L, False), given, MODE)
         dU += dot(write, tl.trans(load_block(G, block, N, N)), MODE)
-        back = dot(tl.trans(load_block(M, block, L, L)), dU, MODE).to(key.dtype)
-        store_block(dX, back, block, L, N)
-        given = load_tokens(dy, first, count, head, heads, L, N).to(key.dtype)
-        out = dot(seeing(dot(key, tl.trans(removal), MODE), L, True), back, MODE)
-        out += dot(seeing(dot(key, tl.trans(load_block(R, block, L, N)), MODE), L, False), given, MODE)
-        out += dot(key, tl.trans(load_block(G, block, N, N)), MODE)
-        store_tokens(dv, out, first, count, head, heads, L, N)
+        store_block(dX, dot(tl.trans(load_block(M, block, L, L)), dU, MODE), block, L, N)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
-def chunk_column_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    R, A, K, B, w, v, dy, G, U, dX, table, dk, db, d_ell, tokens, per_row, heads,  # noqa: ANN001
+def chunk_key_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    R, A, K, B, w, v, dy, S, G, U, dX, table, dr, dk, dv, db, d_ell, tokens, per_row, heads,  # noqa: ANN001
     L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """dk or db, and its part in the gradient of log decays, of one chunk of one head: grid (chunks, H, 2)."""
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    """dk, db or dr, and its part in the gradient of log decays, or dv, of one chunk of one head: grid (chunks, H, 4)."""
+    chunk, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
-    if tl.program_id(2) == 0:
-        source = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
-    else:
-        source = load_block(U, block, L, N)
     given = load_tokens(dy, first, count, head, heads, L, N).to(K.dtype.element_ty)
-    inside = dot(seeing(dot(source, tl.trans(given), MODE), L, False), load_block(R, block, L, N), MODE)
-    back = load_block(dX, block, L, N)
-    inside += dot(seeing(dot(source, tl.trans(back), MODE), L, True), load_block(A, block, L, N), MODE)
-    leaving = dot(source, load_block(G, block, N, N), MODE)
-    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
-    owed = (inside + leaving) * tl.exp(middle - c)
-    if tl.program_id(2) == 0:
-        store_tokens(dk, owed, first, count, head, heads, L, N)
-        column = load_block(K, block, L, N)
+    if part == 3:
+        key = load_block(K, block, L, N)
+        owed = dot(seeing(dot(key, tl.trans(load_block(R, block, L, N)), MODE), L, False), given, MODE)
+        back = load_block(dX, block, L, N)
+        owed += dot(seeing(dot(key, tl.trans(load_block(A, block, L, N)), MODE), L, True), back, MODE)
+        owed += dot(key, tl.trans(load_block(G, block, N, N)), MODE)
+        store_tokens(dv, owed, first, count, head, heads, L, N)
+    elif part == 2:
+        value = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
+        owed = dot(seen(dot(given, tl.trans(value), MODE), L, False), load_block(K, block, L, N), MODE)
+        solved = load_block(U, block, L, N)
+        owed += dot(seen(dot(given, tl.trans(solved), MODE), L, False), load_block(B, block, L, N), MODE)
+        owed += dot(given, load_block(S, block, N, N), MODE)
+        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        store_tokens(dr, owed * tl.exp(c - middle), first, count, head, heads, L, N)
+        through = tl.cumsum(load_block(R, block, L, N) * owed, 0, reverse=True)
+        store_block(d_ell, through, 3 * block + part, L, N)
     else:
-        store_tokens(db, owed, first, count, head, heads, L, N)
-        column = load_block(B, block, L, N)
-    before = column * leaving
-    through = tl.cumsum(before, 0) - before - tl.cumsum(column * inside, 0, reverse=True)
-    store_block(d_ell, through, 2 * block + tl.program_id(2), L, N)
+        if part == 0:
+            source = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
+        else:
+            source = load_block(U, block, L, N)
+        inside = dot(seeing(dot(source, tl.trans(given), MODE), L, False), load_block(R, block, L, N), MODE)
+        back = load_block(dX, block, L, N)
+        inside += dot(seeing(dot(source, tl.trans(back), MODE), L, True), load_block(A, block, L, N), MODE)
+        leaving = dot(source, load_block(G, block, N, N), MODE)
+        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        owed = (inside + leaving) * tl.exp(middle - c)
+        if part == 0:
+            store_tokens(dk, owed, first, count, head, heads, L, N)
+            column = load_block(K, block, L, N)
+        else:
+            store_tokens(db, owed, first, count, head, heads, L, N)
+            column = load_block(B, block, L, N)
+        before = column * leaving
+        through = tl.cumsum(before, 0) - before - tl.cumsum(column * inside, 0, reverse=True)
+        store_block(d_ell, through, 3 * block + part, L, N)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
-def chunk_row_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    R, A, K, B, w, v, dy, S, G, U, dX, d_ell, table, dr, dw, da, tokens, per_row, heads,  # noqa: ANN001
+def chunk_decay_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    A, K, B, w, v, S, G, U, dX, d_ell, table, dw, da, tokens, per_row, heads,  # noqa: ANN001
     L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """dr, da and dw of one chunk of one head: grid (chunks, H)."""
+    """da, and dw, the last to be complete, of one chunk of one head: grid (chunks, H)."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
-    source = load_tokens(dy, first, count, head, heads, L, N).to(R.dtype.element_ty)
-    value = load_tokens(v, first, count, head, heads, L, N).to(R.dtype.element_ty)
-    owed = dot(seen(dot(source, tl.trans(value), MODE), L, False), load_block(K, block, L, N), MODE)
-    solved = load_block(U, block, L, N)
-    owed += dot(seen(dot(source, tl.trans(solved), MODE), L, False), load_block(B, block, L, N), MODE)
-    owed += dot(source, load_block(S, block, N, N), MODE)
-    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
-    store_tokens(dr, owed * tl.exp(c - middle), first, count, head, heads, L, N)
-    through = load_block(R, block, L, N) * owed
-
     source = load_block(dX, block, L, N)
-    value = load_tokens(v, first, count, head, heads, L, N).to(R.dtype.element_ty)
+    value = load_tokens(v, first, count, head, heads, L, N).to(A.dtype.element_ty)
     owed = dot(seen(dot(source, tl.trans(value), MODE), L, True), load_block(K, block, L, N), MODE)
     solved = load_block(U, block, L, N)
     owed += dot(seen(dot(source, tl.trans(solved), MODE), L, True), load_block(B, block, L, N), MODE)
@@ -125,8 +125,9 @@ def chunk_row_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
     c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
     store_tokens(da, owed * tl.exp(e - middle), first, count, head, heads, L, N)
     own = load_block(A, block, L, N) * owed
-    later = tl.cumsum(through + own, 0, reverse=True) - own
-    later += load_block(d_ell, 2 * block, L, N) + load_block(d_ell, 2 * block + 1, L, N)
+    # all others first: they cancel, being products of the same rounded operands
+    later = load_block(d_ell, 3 * block, L, N) + load_block(d_ell, 3 * block + 1, L, N)
+    later += load_block(d_ell, 3 * block + 2, L, N) + tl.cumsum(own, 0, reverse=True) - own
     across = load_block(S, block, N, N).to(tl.float32) * load_block(G, block, N, N).to(tl.float32)
     # sigmoid(x) sigmoid(-x), without 1 - sigmoid(x), which loses every digit for a large x
     small = tl.exp(-tl.abs(load_tokens(w, first, count, head, heads, L, N)))
@@ -166,18 +167,18 @@ def backward(
     dr, dw, dk, dv, da, db = grads
     solved = plan.blocks(v, length, size, dtype=plan.narrow)
     back = torch.empty_like(solved)
-    chunk_value_gradients[(*plan.grid, 2)](
-        given.R, given.A, given.K, given.B, given.M, v, dy, states, ends, table, solved, back, dv, *plan.places,
-        **plan.shape, num_warps=4, num_stages=1,
+    warps = 8 if size > 64 else 4
+    chunk_solutions[(*plan.grid, 2)](
+        given.R, given.A, given.K, given.B, given.M, v, dy, states, ends, table, solved, back, *plan.places,
+        **plan.shape, num_warps=warps, num_stages=1,
     )
-    d_ell = plan.blocks(v, 2, length, size)
-    decayed = (given.R, given.A, given.K, given.B)
-    chunk_column_gradients[(*plan.grid, 2)](
-        *decayed, w, v, dy, ends, solved, back, table, dk, db, d_ell, *plan.places,
-        **plan.shape, num_warps=4, num_stages=1,
+    d_ell = plan.blocks(v, 3, length, size)
+    chunk_key_gradients[(*plan.grid, 4)](
+        given.R, given.A, given.K, given.B, w, v, dy, states, ends, solved, back, table, dr, dk, dv, db, d_ell,
+        *plan.places, **plan.shape, num_warps=warps, num_stages=1,
     )
-    chunk_row_gradients[plan.grid](
-        *decayed, w, v, dy, states, ends, solved, back, d_ell, table, dr, dw, da, *plan.places,
-        **plan.shape, num_warps=4, num_stages=1,
+    chunk_decay_gradients[plan.grid](
+        given.A, given.K, given.B, w, v, states, ends, solved, back, d_ell, table, dw, da, *plan.places,
+        **plan.shape, num_warps=warps, num_stages=1,
     )
     return grads, dstate
