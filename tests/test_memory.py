@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rwkvpeft.adapters.build import build_adapter
-from rwkvpeft.checkpoints.load import build_model, fill_model
+from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.checkpoints.quantised import Quantisation, Quantiser
 from rwkvpeft.config.groups import (
     DataConfig,
@@ -25,6 +25,8 @@ from rwkvpeft.config.groups import (
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.memory import (
+    Programs,
+    bytes_kept,
     check_memory,
     choose_level,
     count,
@@ -42,7 +44,7 @@ from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.ops.wkv7.chunked import wkv7
-from rwkvpeft.registry import ADAPTERS, MODELS, find
+from rwkvpeft.registry import ADAPTERS, BACKENDS, BLOCK_OPS, MODELS, find
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL = new_shape("x070", n_layer=4, n_embd=128, vocab_size=1024)
@@ -261,3 +263,32 @@ def test_a_level_that_was_asked_for_is_taken_whatever_is_free():
 
 def test_free_memory_is_part_of_all_memory():
     assert 0 < free_memory(torch.device("cpu")) < total_memory("cpu")
+
+
+@pytest.mark.parametrize("version", MODELS)
+def test_triton_programs_are_counted_without_a_gpu_and_need_less_than_those_in_pytorch(version):
+    pytest.importorskip("triton")
+    shape = new_shape(version, n_layer=1, n_embd=128, vocab_size=512)
+    kernel = find(BACKENDS[operator_of(shape)], "triton", flag="--op")
+    programs = Programs(kernel.run, find(BLOCK_OPS, "triton", flag="--fused_kernel"))
+    settings = config("lora", ctx_len=64)
+    plain = expect_levels(shape, settings, lambda part: adapter_of(settings))
+    fused = expect_levels(shape, settings, lambda part: adapter_of(settings), programs=programs)
+    assert all(fused[level].activations < plain[level].activations for level in LEVELS)
+
+
+@pytest.mark.parametrize(("level", "most"), [("selective", 14.0), ("block", 1.01)])
+def test_a_block_of_fused_operators_keeps_little_more_than_it_must(level, most):
+    pytest.importorskip("triton")
+    shape = new_shape("x070", n_layer=4, n_embd=1024, vocab_size=512)
+    kernel = find(BACKENDS[operator_of(shape)], "triton", flag="--op")
+    programs = Programs(kernel.run, find(BLOCK_OPS, "triton", flag="--fused_kernel"))
+    settings = config("lora", micro_bsz=1, settings={"r": 16, "lora_dropout": 0})
+    kept = []
+    for layers in (3, 4):
+        part = replace(shape, n_layer=layers)
+        model = training_outline(part, settings, adapter_of(settings), programs=programs)
+        model.recompute = level
+        kept.append(bytes_kept(model, 1, 1024))
+    # in (T, C) tensors of bf16: the block's own input is 1 of them
+    assert 1 <= (kept[1] - kept[0]) / (2 * 1024 * 1024) < most

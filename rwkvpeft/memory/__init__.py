@@ -1,5 +1,6 @@
 """How much memory a run needs: the least, which is checked before anything is loaded, and what to expect."""
 
+from rwkvpeft.memory.dry_run import bytes_kept
 from rwkvpeft.memory.expected import Expected, expect
 from rwkvpeft.memory.least import Least, check_memory, least_need, refuse_if_too_large, ways_out
 from rwkvpeft.memory.levels import LevelChoice, choose_level, expect_levels, fits, with_level
@@ -24,6 +25,7 @@ __all__ = [
     "MakeAdapter",
     "NoOutline",
     "Programs",
+    "bytes_kept",
     "check_memory",
     "choose_level",
     "count",

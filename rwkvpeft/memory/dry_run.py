@@ -56,6 +56,20 @@ def run_step(model: Rwkv, objective: Objective, rows: int, tokens: int, *, accum
     return tally.worst
 
 
+def bytes_kept(model: Rwkv, rows: int, tokens: int) -> int:
+    """What is there beside the weights of an outline when its blocks and its final norm have run forward.
+
+    Args:
+        rows, tokens: of the micro-batch.
+    """
+    tally = _Tally([*model.parameters(), *model.buffers()])
+    with tally:
+        # named, so that its graph lives until the figure is read; the states do not
+        hidden = model.hidden(torch.empty(rows, tokens, dtype=torch.int64, device="meta"))[0]
+    assert hidden.requires_grad
+    return tally.alive
+
+
 class _Tally(TorchDispatchMode):
     """Bytes of all storages made while it is active and still alive."""
 

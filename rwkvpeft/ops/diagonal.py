@@ -392,6 +392,7 @@ _forward_op = opaque(
     "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, int length) -> Tensor[]",
     _forward,
     _forward_sizes,
+    in_pytorch=True,
 )
 _backward_op = opaque(
     "wkv_diagonal_torch_backward",
@@ -399,6 +400,7 @@ _backward_op = opaque(
     "bool state_alone) -> Tensor[]",
     _backward,
     _backward_sizes,
+    in_pytorch=True,
 )
 
 

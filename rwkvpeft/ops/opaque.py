@@ -18,8 +18,10 @@ BODIES: dict[OpOverload, Callable[..., Any]] = {}
 """What operators written in PyTorch do inside, for those who want to look: it runs on any device, ``meta`` too."""
 
 
-def opaque(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``rwkvpeft::name`` of a function written in PyTorch.
+def opaque(
+    name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any], *, in_pytorch: bool = False
+) -> Callable[..., Any]:
+    """Make ``rwkvpeft::name`` of a function.
 
     Under autocast it computes as without.
 
@@ -27,6 +29,7 @@ def opaque(name: str, schema: str, body: Callable[..., Any], fake: Callable[...,
         schema: as of ``torch.library.custom_op``; no output may share memory with an input or another output.
         body: the function; its first tensor tells the device.
         fake: makes outputs of the right sizes and dtypes without computing.
+        in_pytorch: whether all of ``body`` is, so that it runs without data too.
     """
 
     @wraps(body)
@@ -40,5 +43,6 @@ def opaque(name: str, schema: str, body: Callable[..., Any], fake: Callable[...,
     made = torch.library.custom_op(f"rwkvpeft::{name}", apart, mutates_args=(), schema=schema)
     made.register_fake(fake)
     call: OpOverload = getattr(torch.ops.rwkvpeft, name).default
-    BODIES[call] = body
+    if in_pytorch:
+        BODIES[call] = body
     return call

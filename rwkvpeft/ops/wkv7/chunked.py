@@ -239,6 +239,7 @@ _forward_op = opaque(
     "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, int length) -> Tensor[]",
     _forward,
     _forward_sizes,
+    in_pytorch=True,
 )
 _backward_op = opaque(
     "wkv7_torch_backward",
@@ -246,6 +247,7 @@ _backward_op = opaque(
     "bool state_alone) -> Tensor[]",
     _backward,
     _backward_sizes,
+    in_pytorch=True,
 )
 
 
