@@ -2,6 +2,7 @@
 #include "common/binding.h"
 
 #include "common/diagonal.h"
+#include "wkv7/chunked_binding.h"
 #include "wkv7/sequential.h"
 
 namespace rwkvpeft {
@@ -83,4 +84,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("wkv6_backward", &diagonal_backward<false>);
   module.def("wkv5_forward", &diagonal_forward<true>);
   module.def("wkv5_backward", &diagonal_backward<true>);
+  bind_chunked_wkv7(module);
 }

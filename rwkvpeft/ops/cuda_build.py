@@ -31,6 +31,8 @@ SOURCES = (
     "binding.cpp",
     "wkv5/sequential.cu",
     "wkv6/sequential.cu",
+    "wkv7/chunked.cu",
+    "wkv7/chunked_binding.cpp",
     "wkv7/sequential.cu",
 )
 """What is compiled; headers are found beside them."""

@@ -1,5 +1,6 @@
-"""wkv7 token by token in CUDA C++: a block of threads to a head, the state in registers (``cuda/wkv7/sequential.cuh``).
+"""wkv7 in CUDA C++: in chunks of tokens where ``cuda_chunked.serves`` says so, otherwise token by token.
 
+Token by token a block of threads has a head, with the state in registers (``cuda/wkv7/sequential.cuh``).
 Letters: B batch, T tokens, H heads, N head size. Where gradients are wanted the forward keeps, in fp32, the state
 before every ``SEGMENT`` tokens and what each token removed: 4 N² / SEGMENT + 4 N bytes a token and head.
 """
@@ -15,20 +16,36 @@ from torch.autograd.function import once_differentiable
 from rwkvpeft.ops import cuda_build
 from rwkvpeft.ops.contract import Backend, check_operands, wants_grad
 from rwkvpeft.ops.opaque import opaque
+from rwkvpeft.ops.sequences import Sequences, taking_sequences
+from rwkvpeft.ops.wkv7 import cuda_chunked
 
 SEGMENT = 16
 """``WKV7_SEGMENT`` of the kernels."""
 
 
 def wkv7(
+    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence; arguments as ``rwkvpeft.ops.wkv7``."""
+    if cuda_chunked.serves(r, w, k, v, a, b):
+        check_operands("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, {}, None if sequences else state)
+        return cuda_chunked.run([r, w, k, v, a, b], state, sequences)
+    return token_by_token(r=r, w=w, k=k, v=v, a=a, b=b, state=state, sequences=sequences)
+
+
+def _rows(
     *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as written; arguments as ``rwkvpeft.ops.wkv7``."""
     check_operands("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, {}, state)
     keep = wants_grad(r, w, k, v, a, b, state)
     operands = cuda_build.one_dtype(r, w, k, v, a, b)
     y, final = _Wkv7.apply(*operands, None if state is None else state.float().contiguous(), keep)
     return y.to(v.dtype), final
+
+
+token_by_token = taking_sequences("wkv7", Backend("cuda", "token by token", _rows, cuda_build.SUPPORTS))
+"""The sequential kernels, whatever the call."""
 
 
 def _forward(
@@ -112,5 +129,6 @@ class _Wkv7(torch.autograd.Function):
 
 
 BACKEND = Backend(
-    "cuda", "CUDA, token by token", wkv7, cuda_build.SUPPORTS, waits_for=cuda_build.waits_for
+    "cuda", "CUDA, bf16 in chunks on tensor cores, otherwise token by token", wkv7, cuda_build.SUPPORTS, packed=True,
+    waits_for=cuda_build.waits_for,
 )
