@@ -121,8 +121,8 @@ def contribution_kernel(  # type: ignore[no-untyped-def]
     """What a chunk adds to the state after it, and by how much it decays the one before it.
 
     Forward: ``values`` are v and ``keys`` are k, each decayed to the chunk's end. ``BACKWARD``: dy and r, decayed to
-    its start. Grid (chunks · H, N / VALUES value blocks, N / KEYS key blocks); ``contributions`` (chunks, H, N, N), ``decays``
-    (chunks, H, N), both fp32.
+    its start. Grid (chunks · H, N / VALUES value blocks, N / KEYS key blocks); ``contributions`` (chunks, H, N, N),
+    ``decays`` (chunks, H, N), both fp32.
     """
     chunk = tl.program_id(0) // H
     head = tl.program_id(0) % H
