@@ -277,7 +277,7 @@ cudaError_t backward(const DiagonalBackward& call, cudaStream_t stream) {
   constexpr int ROWS = 32, SPLIT = 4, COLUMNS = 32, COLUMN_SPLIT = N / 16;
   const int64_t blocks = call.batch * call.heads * (N / ROWS);
   if (blocks == 0) return cudaSuccess;
-  if (call.dr != nullptr) {
+  if (call.du != nullptr) {  // without tokens only dr is null
     const cudaError_t refused = launch(columns_backward_kernel<T, N, COLUMNS, COLUMN_SPLIT, CONSTANT>,
                                        dim3(static_cast<unsigned>(call.batch * call.heads * (N / COLUMNS))),
                                        dim3(COLUMNS * COLUMN_SPLIT), 0, stream, call);

@@ -27,9 +27,9 @@ struct DiagonalBackward {
   const float *u, *checkpoints;
   const void* dy;             // null: zeros
   const float* dfinal_state;  // null: zeros
-  void *dr, *dw, *dk, *dv;    // all null: only the state's gradient is wanted; dw is (B, H, N) floats for wkv5
-  float* du;                  // (B, H, N), null with dr
-  float* scratch;             // (B, H, DIAGONAL_SCRATCH, N, N), null with dr
+  void *dr, *dw, *dk, *dv;    // dw is (B, H, N) floats for wkv5
+  float* du;                  // (B, H, N); null, as dr to dv: only the state's gradient is wanted
+  float* scratch;             // (B, H, DIAGONAL_SCRATCH, N, N), null with du
   float* dstate;              // null: not wanted
   int64_t batch, tokens, heads;
 };
