@@ -21,10 +21,11 @@ from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.objectives.language_modelling import LanguageModelling
-from rwkvpeft.ops.block import plain
+from rwkvpeft.ops.block.choose import choose_block_ops
 from rwkvpeft.ops.block.contract import BlockOps
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs, Wkv
+from rwkvpeft.registry import BLOCK_OPS, find
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.parameter_groups import parameter_groups
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, place_model
@@ -122,13 +123,13 @@ class WholeStep:
 
 
 def block_ops(settings: Settings, needs: Needs) -> BlockOps:
-    """What ``--fused_kernel`` says; auto: the fused kernels on a GPU."""
-    fused = settings.fused_kernel == "true" or (settings.fused_kernel == "auto" and needs.device_type == "cuda")
-    if not fused:
-        return plain.PLAIN
-    from rwkvpeft.ops.block.triton_ops import TRITON
-
-    return TRITON
+    """What ``--fused_kernel`` says; auto: the fused kernels on a GPU where they prove right."""
+    name = {"auto": "auto", "true": "triton", "false": "torch"}[settings.fused_kernel]
+    if name == "triton" and needs.device_type == "cpu":
+        # interpreted, which no run would choose
+        program: BlockOps = find(BLOCK_OPS, name, flag="--fused_kernel")
+        return program
+    return choose_block_ops(name, needs).ops
 
 
 def batch_of(tokens: Tensor) -> TokenBatch:

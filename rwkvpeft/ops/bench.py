@@ -33,6 +33,7 @@ class Bench:
         errors: the relative errors of a backend there, as ``trial.errors_of``; raises whatever the backend raises.
         milliseconds: the time of a backend there, as ``trial.milliseconds``; raises likewise.
         memory: the file that keeps times from one run to the next; None keeps nothing.
+        say: is told a line when something will take seconds.
     """
 
     device: str
@@ -40,6 +41,7 @@ class Bench:
     errors: Callable[[str, Backend, Needs], Mapping[str, float]] = field(hash=False)
     milliseconds: Callable[[str, Backend, Needs], float] = field(hash=False)
     memory: Path | None = None
+    say: Callable[[str], object] = field(default=str, hash=False)
 
     @classmethod
     @functools.cache
@@ -59,7 +61,7 @@ class Bench:
                 torch.cuda.empty_cache()
 
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.name, properties.multi_processor_count, errors, timed, memory_file())
+        return cls(properties.name, properties.multi_processor_count, errors, timed, memory_file(), _say)
 
     def objection(self, operator: str, backend: Backend, needs: Needs, slack: float = 1.0) -> str:
         """Why ``backend`` cannot be used here although it says so; empty when its results are right.
@@ -81,6 +83,7 @@ class Bench:
 
     def times(self, operator: str, backends: Mapping[str, Backend], needs: Needs) -> dict[str, float]:
         """Milliseconds a layer by backend, measured now; those that fail at this size are left out."""
+        self.say(f"timing {', '.join(backends)} for {operator} on this GPU, once for these sizes")
         found = {}
         for name, backend in backends.items():
             try:
@@ -98,6 +101,11 @@ class Bench:
         versions = [*(f"{package} {_version(package)}" for package in _PACKAGES), f"kernels {_sources()}"]
         sizes = [f"B*H {_bucket(needs.groups)}", f"T {_bucket(needs.tokens)}", f"N {needs.head_size}"]
         return ", ".join([self.device, *versions, operator, str(needs.dtype), *sizes, "/".join(sorted(names))])
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def first_line(reason: BaseException) -> str:

@@ -154,6 +154,7 @@ def _by_time(found: _Field, needs: Needs, bench: Bench) -> list[str]:
     names = [name for name in found.backends if name != _FOR_CHECKING]
     known = bench.remembered(found.operator, names, needs)
     if known is None:
+        bench.say(f"trying what can compute {found.operator} on this GPU; kernels are compiled the first time")
         # what fails its trial is not worth its time
         passed = {name: found.backends[name] for name in names if _passes(found, name, needs, bench)}
         known = bench.times(found.operator, passed, needs)

@@ -51,8 +51,8 @@ class Gpu:
 
     def __init__(self, errors=None, times=None, memory=None):
         self.errors, self.times = errors or {}, times or {}
-        self.tried, self.timed = [], []
-        self.bench = Bench("Pretended GPU", 132, self._errors, self._milliseconds, memory)
+        self.tried, self.timed, self.said = [], [], []
+        self.bench = Bench("Pretended GPU", 132, self._errors, self._milliseconds, memory, self.said.append)
 
     def _errors(self, operator, backend, needs):
         self.tried.append(backend.name)
@@ -133,6 +133,7 @@ def test_auto_on_a_gpu_takes_the_fastest_and_says_how_fast_the_others_are(row):
     choice = choose_backend("wkv7", "auto", ON_GPU, gpu.bench)
     assert choice.report == "wkv7 by triton, 0.21 ms a layer (cuda 0.6, torch 3.4)"
     assert gpu.timed == ["triton", "cuda", "torch"]
+    assert "timing triton, cuda, torch for wkv7" in gpu.said[-1]
 
 
 def test_a_backend_with_wrong_results_is_neither_timed_nor_taken(row):
@@ -168,6 +169,7 @@ def test_times_are_kept_so_that_a_later_run_makes_the_same_choice(row, tmp_path)
     assert choose_backend("wkv7", "auto", near, later.bench).report.startswith("wkv7 by triton, 0.2 ms")
     assert later.timed == []
     assert later.tried == ["triton"]
+    assert later.said == []
 
 
 def test_times_of_another_size_are_not_used(row, tmp_path):
