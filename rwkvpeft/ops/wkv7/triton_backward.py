@@ -59,37 +59,24 @@ def chunk_solutions(  # type: ignore[no-untyped-def]  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
-def chunk_key_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    R, A, K, B, w, v, dy, S, G, U, dX, table, dr, dk, dv, db, d_ell, tokens, per_row, heads,  # noqa: ANN001
+def chunk_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    R, A, K, B, w, v, dy, S, G, U, dX, table, dr, dk, dv, da, db, d_ell, tokens, per_row, heads,  # noqa: ANN001
     L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """dk, db or dr, and its part in the gradient of log decays, or dv, of one chunk of one head: grid (chunks, H, 4)."""
+    """One of dk, db, dr, da and dv, of one chunk of one head: grid (chunks, H, 5).
+
+    All but the last write what they owe to the gradients of the log decays, too. Nearly all of that cancels, if what
+    rows and what columns of a product are owed is taken times the very operands that the product saw.
+    """
     chunk, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
-    given = load_tokens(dy, first, count, head, heads, L, N).to(K.dtype.element_ty)
-    if part == 3:
-        key = load_block(K, block, L, N)
-        owed = dot(seeing(dot(key, tl.trans(load_block(R, block, L, N)), MODE), L, False), given, MODE)
-        back = load_block(dX, block, L, N)
-        owed += dot(seeing(dot(key, tl.trans(load_block(A, block, L, N)), MODE), L, True), back, MODE)
-        owed += dot(key, tl.trans(load_block(G, block, N, N)), MODE)
-        store_tokens(dv, owed, first, count, head, heads, L, N)
-    elif part == 2:
-        value = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
-        owed = dot(seen(dot(given, tl.trans(value), MODE), L, False), load_block(K, block, L, N), MODE)
-        solved = load_block(U, block, L, N)
-        owed += dot(seen(dot(given, tl.trans(solved), MODE), L, False), load_block(B, block, L, N), MODE)
-        owed += dot(given, load_block(S, block, N, N), MODE)
-        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
-        store_tokens(dr, owed * tl.exp(c - middle), first, count, head, heads, L, N)
-        through = tl.cumsum(load_block(R, block, L, N) * owed, 0, reverse=True)
-        store_block(d_ell, through, 3 * block + part, L, N)
-    else:
+    if part < 2:
         if part == 0:
             source = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
         else:
             source = load_block(U, block, L, N)
+        given = load_tokens(dy, first, count, head, heads, L, N).to(K.dtype.element_ty)
         inside = dot(seeing(dot(source, tl.trans(given), MODE), L, False), load_block(R, block, L, N), MODE)
         back = load_block(dX, block, L, N)
         inside += dot(seeing(dot(source, tl.trans(back), MODE), L, True), load_block(A, block, L, N), MODE)
@@ -104,35 +91,57 @@ def chunk_key_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
             column = load_block(B, block, L, N)
         before = column * leaving
         through = tl.cumsum(before, 0) - before - tl.cumsum(column * inside, 0, reverse=True)
-        store_block(d_ell, through, 3 * block + part, L, N)
+        store_block(d_ell, through, 4 * block + part, L, N)
+    elif part == 2:
+        given = load_tokens(dy, first, count, head, heads, L, N).to(K.dtype.element_ty)
+        value = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
+        owed = dot(seen(dot(given, tl.trans(value), MODE), L, False), load_block(K, block, L, N), MODE)
+        solved = load_block(U, block, L, N)
+        owed += dot(seen(dot(given, tl.trans(solved), MODE), L, False), load_block(B, block, L, N), MODE)
+        owed += dot(given, load_block(S, block, N, N), MODE)
+        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        store_tokens(dr, owed * tl.exp(c - middle), first, count, head, heads, L, N)
+        through = tl.cumsum(load_block(R, block, L, N) * owed, 0, reverse=True)
+        store_block(d_ell, through, 4 * block + part, L, N)
+    elif part == 3:
+        back = load_block(dX, block, L, N)
+        value = load_tokens(v, first, count, head, heads, L, N).to(K.dtype.element_ty)
+        owed = dot(seen(dot(back, tl.trans(value), MODE), L, True), load_block(K, block, L, N), MODE)
+        solved = load_block(U, block, L, N)
+        owed += dot(seen(dot(back, tl.trans(solved), MODE), L, True), load_block(B, block, L, N), MODE)
+        owed += dot(back, load_block(S, block, N, N), MODE)
+        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        store_tokens(da, owed * tl.exp(e - middle), first, count, head, heads, L, N)
+        row = load_block(A, block, L, N) * owed
+        through = tl.cumsum(row, 0, reverse=True) - row
+        store_block(d_ell, through, 4 * block + part, L, N)
+    else:
+        key = load_block(K, block, L, N)
+        owed = dot(key, tl.trans(load_block(G, block, N, N)), MODE)
+        sight = seeing(dot(key, tl.trans(load_block(R, block, L, N)), MODE), L, False)
+        given = load_tokens(dy, first, count, head, heads, L, N).to(K.dtype.element_ty)
+        owed += dot(sight, given, MODE)
+        sight = seeing(dot(key, tl.trans(load_block(A, block, L, N)), MODE), L, True)
+        owed += dot(sight, load_block(dX, block, L, N), MODE)
+        store_tokens(dv, owed, first, count, head, heads, L, N)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_row", "heads"])
 def chunk_decay_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    A, K, B, w, v, S, G, U, dX, d_ell, table, dw, da, tokens, per_row, heads,  # noqa: ANN001
+    w, S, G, d_ell, table, dw, tokens, per_row, heads,  # noqa: ANN001
     L: tl.constexpr, N: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """da, and dw, the last to be complete, of one chunk of one head: grid (chunks, H)."""
+    """dw of one chunk of one head, from its parts: grid (chunks, H)."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
-    source = load_block(dX, block, L, N)
-    value = load_tokens(v, first, count, head, heads, L, N).to(A.dtype.element_ty)
-    owed = dot(seen(dot(source, tl.trans(value), MODE), L, True), load_block(K, block, L, N), MODE)
-    solved = load_block(U, block, L, N)
-    owed += dot(seen(dot(source, tl.trans(solved), MODE), L, True), load_block(B, block, L, N), MODE)
-    owed += dot(source, load_block(S, block, N, N), MODE)
-    c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
-    store_tokens(da, owed * tl.exp(e - middle), first, count, head, heads, L, N)
-    own = load_block(A, block, L, N) * owed
-    # all others first: they cancel, being products of the same rounded operands
-    later = load_block(d_ell, 3 * block, L, N) + load_block(d_ell, 3 * block + 1, L, N)
-    later += load_block(d_ell, 3 * block + 2, L, N) + tl.cumsum(own, 0, reverse=True) - own
-    across = load_block(S, block, N, N).to(tl.float32) * load_block(G, block, N, N).to(tl.float32)
+    across = tl.sum(load_block(S, block, N, N).to(tl.float32) * load_block(G, block, N, N).to(tl.float32), 0)
+    owed = load_block(d_ell, 4 * block, L, N) + load_block(d_ell, 4 * block + 1, L, N)
+    owed += load_block(d_ell, 4 * block + 2, L, N) + load_block(d_ell, 4 * block + 3, L, N)
     # sigmoid(x) sigmoid(-x), without 1 - sigmoid(x), which loses every digit for a large x
     small = tl.exp(-tl.abs(load_tokens(w, first, count, head, heads, L, N)))
     slope = STRONGEST * small / ((1.0 + small) * (1.0 + small))
-    store_tokens(dw, (later + tl.sum(across, 0)[None, :]) * slope, first, count, head, heads, L, N)
+    store_tokens(dw, (owed + across[None, :]) * slope, first, count, head, heads, L, N)
 
 
 def backward(
@@ -172,13 +181,12 @@ def backward(
         given.R, given.A, given.K, given.B, given.M, v, dy, states, ends, table, solved, back, *plan.places,
         **plan.shape, num_warps=warps, num_stages=1,
     )
-    d_ell = plan.blocks(v, 3, length, size)
-    chunk_key_gradients[(*plan.grid, 4)](
-        given.R, given.A, given.K, given.B, w, v, dy, states, ends, solved, back, table, dr, dk, dv, db, d_ell,
+    d_ell = plan.blocks(v, 4, length, size)
+    chunk_gradients[(*plan.grid, 5)](
+        given.R, given.A, given.K, given.B, w, v, dy, states, ends, solved, back, table, dr, dk, dv, da, db, d_ell,
         *plan.places, **plan.shape, num_warps=warps, num_stages=1,
     )
     chunk_decay_gradients[plan.grid](
-        given.A, given.K, given.B, w, v, states, ends, solved, back, d_ell, table, dw, da, *plan.places,
-        **plan.shape, num_warps=warps, num_stages=1,
+        w, states, ends, d_ell, table, dw, *plan.places, **plan.shape, num_warps=warps, num_stages=1
     )
     return grads, dstate
