@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,8 +46,11 @@ from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.block.choose import BlockChoice, choose_block_ops
+from rwkvpeft.ops.block.contract import BlockOps
+from rwkvpeft.ops.block.plain import PLAIN
 from rwkvpeft.ops.choose import Choice, choose_backend
-from rwkvpeft.ops.contract import Needs
+from rwkvpeft.ops.contract import Backend, Needs
+from rwkvpeft.registry import BACKENDS, BLOCK_OPS, find
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
 
 # settings that change what an adapter's tensors compute and that the tensors do not tell
@@ -146,6 +150,19 @@ def choose_programs(shape: ModelShape, config: TrainConfig) -> tuple[Chosen, lis
         block = choose_block_ops(_BLOCK_OPS[runtime.fused_kernel], needs)
     listing = [*choice.listing, *block.listing] if runtime.debug else []
     return Chosen(choice, block), [*remarks, *listing]
+
+
+def likely_programs(shape: ModelShape, config: TrainConfig, device_type: str) -> Programs:
+    """What such a device will most likely compute with, as far as that can be told on another machine."""
+    runtime, operator = config.runtime, operator_of(shape)
+    if device_type != "cuda" or importlib.util.find_spec("triton") is None:
+        return Programs()
+    needs = Needs(device_type, COMPUTE_DTYPES[runtime.precision or "fp32"], shape.head_size, training=True)
+    kernel: Backend = find(BACKENDS[operator], "triton", flag="--op")
+    block: BlockOps = find(BLOCK_OPS, "triton", flag="--fused_kernel")
+    takes_kernel = runtime.op in ("auto", "triton") and not kernel.supports.objections(needs)
+    takes_block = runtime.fused_kernel is not False and not block.supports.objections(needs)
+    return Programs(kernel.run if takes_kernel else None, block if takes_block else PLAIN)
 
 
 def make_adapter(method: MethodConfig, shape: ModelShape) -> Adapter | None:

@@ -125,11 +125,12 @@ def _lines(
     shape: ModelShape, packed: Quantisation, config: TrainConfig, device_type: str, available: int | None
 ) -> list[str]:
     from rwkvpeft.checkpoints.quantised import quantisation_in_run
-    from rwkvpeft.cli.assemble import make_adapter
+    from rwkvpeft.cli.assemble import likely_programs, make_adapter
     from rwkvpeft.memory import choose_level, count_parameters, expect_levels, least_need, with_level
 
     method = config.method
-    levels = expect_levels(shape, config, partial(make_adapter, method), packed)
+    programs = likely_programs(shape, config, device_type)
+    levels = expect_levels(shape, config, partial(make_adapter, method), packed, programs)
     recompute = choose_level(levels, config, free=available, device_type=device_type)
     config = with_level(config, recompute.grad_cp)
     need = levels[recompute.grad_cp]

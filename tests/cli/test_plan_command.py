@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -85,3 +86,12 @@ def test_debugging_lists_every_program_for_the_recurrence(plan):
     assert code == 0
     assert "operator: wkv7 by torch" in out
     assert "wkv7 by reference: one token at a time" in out
+
+
+def test_the_levels_of_recomputing_are_told_beside_each_other(plan):
+    words = [*SIZES, "--peft", "lora", "--micro_bsz", 2, "--gpu_memory", 16]
+    code, out, _ = plan(*words, "--grad_cp", "auto")
+    assert code == 0
+    assert re.search(r"in all with --grad_cp 0 [\d.]+ GB, selective [\d.]+ GB, 1 [\d.]+ GB", out)
+    assert "the fastest that fits into 16.0 GB" in out
+    assert "it fits" in out
