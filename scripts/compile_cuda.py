@@ -85,7 +85,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", help="files below cuda/; default: all")
-    parser.add_argument("--archs", nargs="+", default=ARCHITECTURES, help="e.g. 80 90a; default: all that are supported")
+    parser.add_argument("--archs", nargs="+", default=ARCHITECTURES, help="e.g. 80 90a; default: all supported")
     parser.add_argument("--json", type=Path, help="write the table there too")
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
