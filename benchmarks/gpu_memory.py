@@ -49,6 +49,7 @@ from rwkvpeft.memory import OVERHEAD_BYTES, expect
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import ModelShape, new_shape
 from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.ops.block.choose import choose_block_ops
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.training.optimizers.contract import find_optimizer
@@ -146,8 +147,10 @@ def predict(options: argparse.Namespace, size: str, method: str, quant: str) -> 
 
 def make_model(options: argparse.Namespace, shape: ModelShape, config: TrainConfig):
     method = config.method
-    needs = Needs(device_type=options.device, dtype=torch.bfloat16, head_size=shape.head_size, training=True)
-    model = build_model(shape, choose_backend(operator_of(shape), options.op, needs).run)
+    needs = Needs(options.device, torch.bfloat16, shape.head_size, True, options.micro_bsz, options.ctx_len,
+                  shape.n_head)
+    wkv, block = choose_backend(operator_of(shape), options.op, needs), choose_block_ops("auto", needs)
+    model = build_model(shape, wkv.run, block_ops=block.ops)
     weights = RandomWeights({name: tuple(p.shape) for name, p in model.named_parameters()}, options.device)
     adapter = adapter_of(method)
     quantiser = None

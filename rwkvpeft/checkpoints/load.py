@@ -16,6 +16,7 @@ from rwkvpeft.models.names import is_large_linear, is_state
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.block.contract import BlockOps
 from rwkvpeft.ops.block.plain import PLAIN
+from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.quantization.linear import QuantizedLinear
@@ -59,8 +60,10 @@ def load_model(
     shape = read_shape(model_outline(tensors, find_packed(tensors, str(path))), str(path))
     if dtype is None:
         dtype = tensors.outline["emb.weight"].dtype
-    needs = Needs(device_type=torch.device(device).type, dtype=dtype, head_size=shape.head_size, training=False)
-    wkv = choose_backend(_OPERATORS[shape.version], op, needs).run
+    place = torch.device(device)
+    needs = Needs(device_type=place.type, dtype=dtype, head_size=shape.head_size, training=False)
+    bench = Bench.of(place) if place.type == "cuda" else None
+    wkv = choose_backend(_OPERATORS[shape.version], op, needs, bench).run
     model = build_model(shape, wkv, head_size_divisor=head_size_divisor, block_ops=block_ops)
     fill_model(model, tensors, device=device, dtype=dtype, source=str(path), quantiser=quantiser, prepare=prepare)
     return model.eval()
