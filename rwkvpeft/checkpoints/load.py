@@ -14,9 +14,9 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv, Wkv
 from rwkvpeft.models.names import is_large_linear, is_state
 from rwkvpeft.models.shape import ModelShape, read_shape
+from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.block.contract import BlockOps
 from rwkvpeft.ops.block.plain import PLAIN
-from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.quantization.linear import QuantizedLinear

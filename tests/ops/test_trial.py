@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkvpeft.ops.contract import Needs
-from rwkvpeft.ops.trial import COARSE, OPERANDS, complaint, errors_of, limit_of
+from rwkvpeft.ops.trial import COARSE, OPERANDS, complaint, errors_of, limit_of, milliseconds
 from rwkvpeft.registry import BACKENDS, find
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,3 +80,48 @@ def test_the_decays_gradient_may_be_a_little_coarser_than_what_is_read():
     assert limit_of("gradient of w", torch.bfloat16) > limit_of("gradient of r", torch.bfloat16) == limit_of(
         "y", torch.bfloat16
     )
+
+
+class Event:
+    """A pretended CUDA event: between two of them lie as many milliseconds as runs were made."""
+
+    runs = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.at = Event.runs
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return float(end.at - self.at)
+
+
+def test_a_run_is_timed_forward_and_backward_at_its_own_sizes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    seen = []
+
+    class Count(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            Event.runs += 1
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            Event.runs += 1
+            return grad
+
+    def counted(**operands):
+        seen.append((operands["v"].shape, operands["v"].dtype, operands["state"]))
+        y, state = reference("wkv6")(**operands)
+        return Count.apply(y), state
+
+    sizes = Needs("cpu", torch.bfloat16, 16, training=True, batch=2, tokens=5, heads=3)
+    assert milliseconds(counted, "wkv6", sizes, torch.device("cpu")) == 2.0
+    assert set(seen) == {(torch.Size([2, 5, 3, 16]), torch.bfloat16, None)}
