@@ -79,7 +79,7 @@ def _sequential(checkout: Path, library: str, names: list[str]) -> Wkv7:
             return tuple(grads)
 
     def wkv7(*, r, w, k, v, a, b, state=None):
-        return Sequential.apply(*(operand.contiguous() for operand in (r, w, k, v, a, b))), None
+        return Sequential.apply(*(_plain(operand) for operand in (r, w, k, v, a, b))), None
 
     return wkv7
 
@@ -100,11 +100,15 @@ def _of_wind(checkout: Path, kernel: str) -> Wkv7:
 
     def wkv7(*, r, w, k, v, a, b, state=None):
         # it takes the logarithm of minus the log decay
-        rate = (-F.softplus(-w.float()) - 0.5).to(w.dtype)
-        y, _ = attend(*(operand.contiguous() for operand in (r, rate, k, v, a, b)))
+        rate = -F.softplus(-w.float()) - 0.5
+        y, _ = attend(*(_plain(operand) for operand in (r, rate, k, v, a, b)))
         return y, None
 
     return wkv7
+
+
+def _plain(operand: Tensor) -> Tensor:
+    return operand.to(torch.bfloat16).contiguous()
 
 
 def _fla(folder: Path) -> Wkv7:
