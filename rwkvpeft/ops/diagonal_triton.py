@@ -26,12 +26,10 @@ from rwkvpeft.ops.triton_tools import dot_mode
 
 LEVELS = 5
 CHUNK = 2**LEVELS
-# Channels of a head that a block holds at once, (values, keys): what its registers have room for. A product gives each
-# warp 16 rows, so that more than two would do the same work twice.
+# channels of a head that a block holds at once, (values, keys): what its registers have room for
 _ADDING = (64, 32)
 _READING = (64, 16)
 _DIFFERENTIATING = (32, 16)
-_WARPS = CHUNK // 16
 _SCANNED = 16
 """Value rows of a state that one block goes through the chunks with."""
 
@@ -143,7 +141,8 @@ class _Launch:
             "PER_HEAD": self.per_head,
             "PACKED": self.table is not None,
             "MODE": self.mode,
-            "num_warps": _WARPS,
+            # a product gives each warp 16 rows: with more warps two do the same, which is for want of registers
+            "num_warps": CHUNK // 16 * (2 if self.mode == "tf32x3" else 1),
             "num_stages": 1,
         }
 
