@@ -85,7 +85,7 @@ def chunks_of_sequence(first, sequence, per_row, PACKED: tl.constexpr):  # type:
 
 @triton.jit
 def load_tokens(pointer, first, count, head, heads, L: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """A head's channels of ``count`` tokens of a contiguous (tokens, H, N) tensor: (L, N) in fp32, zeros behind them."""
+    """A head's channels of ``count`` tokens of a contiguous (tokens, H, N) tensor: (L, N) in fp32, then zeros."""
     token = tl.arange(0, L)[:, None]
     place = (first * heads + head) * N + token * (heads * N) + tl.arange(0, N)[None, :]
     return tl.load(pointer + place, mask=token < count, other=0.0).to(tl.float32)

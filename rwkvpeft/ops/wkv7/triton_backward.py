@@ -81,7 +81,7 @@ def chunk_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
         back = load_block(dX, block, L, N)
         inside += dot(seeing(dot(source, tl.trans(back), MODE), L, True), load_block(A, block, L, N), MODE)
         leaving = dot(source, load_block(G, block, N, N), MODE)
-        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        c, _, middle, _ = chunk_decays(w, first, count, head, heads, L, N)
         owed = (inside + leaving) * tl.exp(middle - c)
         if part == 0:
             store_tokens(dk, owed, first, count, head, heads, L, N)
@@ -99,7 +99,7 @@ def chunk_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
         solved = load_block(U, block, L, N)
         owed += dot(seen(dot(given, tl.trans(solved), MODE), L, False), load_block(B, block, L, N), MODE)
         owed += dot(given, load_block(S, block, N, N), MODE)
-        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        c, _, middle, _ = chunk_decays(w, first, count, head, heads, L, N)
         store_tokens(dr, owed * tl.exp(c - middle), first, count, head, heads, L, N)
         through = tl.cumsum(load_block(R, block, L, N) * owed, 0, reverse=True)
         store_block(d_ell, through, 4 * block + part, L, N)
@@ -110,7 +110,7 @@ def chunk_gradients(  # type: ignore[no-untyped-def]  # noqa: ANN201
         solved = load_block(U, block, L, N)
         owed += dot(seen(dot(back, tl.trans(solved), MODE), L, True), load_block(B, block, L, N), MODE)
         owed += dot(back, load_block(S, block, N, N), MODE)
-        c, e, middle, total = chunk_decays(w, first, count, head, heads, L, N)
+        _, e, middle, _ = chunk_decays(w, first, count, head, heads, L, N)
         store_tokens(da, owed * tl.exp(e - middle), first, count, head, heads, L, N)
         row = load_block(A, block, L, N) * owed
         through = tl.cumsum(row, 0, reverse=True) - row
@@ -165,7 +165,7 @@ def backward(
     given = Operands.of(plan, r, w, k, a, b, table)
     across = plan.blocks(v, size, size, dtype=plan.narrow)
     added = plan.blocks(v, size, size)
-    chunk_gradient_maps[plan.grid](
+    chunk_gradient_maps[plan.grid(1)](
         given.R, given.A, given.B, given.M, dy, table, across, added, *plan.places,
         **plan.shape, num_warps=8 if size > 64 else 4, num_stages=1,
     )
@@ -177,16 +177,16 @@ def backward(
     solved = plan.blocks(v, length, size, dtype=plan.narrow)
     back = torch.empty_like(solved)
     warps = 8 if size > 64 else 4
-    chunk_solutions[(*plan.grid, 2)](
+    chunk_solutions[plan.grid(2)](
         given.R, given.A, given.K, given.B, given.M, v, dy, states, ends, table, solved, back, *plan.places,
         **plan.shape, num_warps=warps, num_stages=1,
     )
     d_ell = plan.blocks(v, 4, length, size)
-    chunk_gradients[(*plan.grid, 5)](
+    chunk_gradients[plan.grid(5)](
         given.R, given.A, given.K, given.B, w, v, dy, states, ends, solved, back, table, dr, dk, dv, da, db, d_ell,
         *plan.places, **plan.shape, num_warps=warps, num_stages=1,
     )
-    chunk_decay_gradients[plan.grid](
+    chunk_decay_gradients[plan.grid(1)](
         w, states, ends, d_ell, table, dw, *plan.places, **plan.shape, num_warps=warps, num_stages=1
     )
     return grads, dstate

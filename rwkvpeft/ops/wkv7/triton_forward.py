@@ -1,8 +1,11 @@
 """WKV7 forward in three passes, so that chunks of a sequence are computed side by side (formulas: ``triton_kernel``).
 
-    1. chunk by chunk    Q, Y0, E, C and the chunk's decay: what the chunk does to any state it is given
-    2. scan              S_(n+1) = S_n diag(decay) + S_n E_n + C_n, a few value rows of a head for each program
+    1. chunk by chunk    decayed operands and M; from these Q, Y0, E and C, what the chunk does to any state
+    2. scan              from every chunk's state the next one's, a few value rows of a head for each program
     3. chunk by chunk    y = Q S_nᵀ + Y0
+
+Pass 3 could be done by the scan once B·H·N / 16 programs fill the GPU; it is not, for each of them would read all of Q,
+and what is written between the passes is mostly still in the second-level cache.
 """
 
 from __future__ import annotations
@@ -70,10 +73,9 @@ class Plan:
         """Chunks of a row that is not packed."""
         return -(-self.tokens // self.length)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Programs of a pass over chunks."""
-        return self.chunks, self.heads
+    def grid(self, parts: int) -> tuple[int, int, int]:
+        """Programs of a pass over chunks, ``parts`` for each chunk and head."""
+        return self.chunks, self.heads, parts
 
     @property
     def places(self) -> tuple[int, int, int]:
@@ -231,15 +233,15 @@ class Operands:
     ) -> Operands:
         """Compute them for every chunk and head; there must be one."""
         length, size = plan.length, plan.size
-        decayed = [plan.blocks(r, length, size, dtype=plan.narrow) for _ in range(4)]
+        R, A, K, B = (plan.blocks(r, length, size, dtype=plan.narrow) for _ in range(4))
         inverses = plan.blocks(r, length, length, dtype=plan.narrow)
         start, end = plan.blocks(r, size), plan.blocks(r, size)
         fine, coarse = plan.inverse_modes
-        chunk_operands[plan.grid](
-            r, w, k, a, b, table, *decayed, inverses, start, end, *plan.places,
+        chunk_operands[plan.grid(1)](
+            r, w, k, a, b, table, R, A, K, B, inverses, start, end, *plan.places,
             **plan.shape, FINE=fine, COARSE=coarse, num_warps=4, num_stages=1,
         )
-        return cls(*decayed, inverses, start, end)
+        return cls(R, A, K, B, inverses, start, end)
 
 
 def launch_scan(
@@ -284,12 +286,12 @@ def forward(
     local = plan.blocks(v, length, size)
     across = plan.blocks(v, size, size, dtype=plan.narrow)
     added = plan.blocks(v, size, size)
-    chunk_maps[(*plan.grid, 2)](
+    chunk_maps[plan.grid(2)](
         given.R, given.A, given.K, given.B, given.M, v, table, queries, local, across, added, *plan.places,
         **plan.shape, num_warps=8 if plan.size > 64 else 4, num_stages=1,
     )
     states, final = launch_scan(plan, across, added, given.start, given.end, first, state, reverse=False)
-    chunk_outputs[plan.grid](
+    chunk_outputs[plan.grid(1)](
         queries, local, states, table, y, *plan.places, **plan.shape, num_warps=4, num_stages=1
     )
     return y, final, states
