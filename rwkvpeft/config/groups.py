@@ -184,6 +184,12 @@ class RuntimeConfig:
         None, help="compute what a block needs beside its products in fused kernels: true: that or an error; false: in "
         "PyTorch; not given: on a GPU where they prove right"
     )
+    cuda_graph: bool = flag(
+        False,
+        help="record a micro-batch as a CUDA graph and replay it for the others, which spares the launching of "
+        "kernels, most of a small model's time; wants batches of one shape, one GPU, no dropout, not fp16. Not yet "
+        "measured on a GPU, so not the default",
+    )
     random_seed: int = flag(-1, help="seed of data order, initial values and dropout; -1: a new one, printed")
     debug: bool = flag(
         False, help="show the traceback of a user error, and why each program for the WKV recurrence is taken or not"

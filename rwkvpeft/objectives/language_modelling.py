@@ -21,10 +21,12 @@ class LanguageModelling:
     Args:
         logit_penalty: strength of L2Wrap; 0 for none.
         chunk_rows: rows of logits that exist at once; None is 512 on a GPU, 256 on a CPU.
+        compact: leave out rows without weight, for which the processor waits for the device.
     """
 
     logit_penalty: float = 0.0
     chunk_rows: int | None = None
+    compact: bool = True
 
     def __call__(self, model: Any, batch: TokenBatch, normaliser: Tensor | None = None) -> Loss:
         """Run the model's ``hidden`` on ``batch.input_ids`` and compare with ``batch.labels``.
@@ -40,6 +42,7 @@ class LanguageModelling:
         settings: dict[str, Any] = {
             "normaliser": normaliser,
             "logit_penalty": self.logit_penalty,
+            "compact": self.compact,
             "chunk_rows": self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
         }
         head = model.head

@@ -27,6 +27,7 @@ from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
+from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.resume import (
@@ -37,7 +38,7 @@ from rwkvpeft.training.resume import (
     resume_folder,
 )
 from rwkvpeft.training.schedules import build_schedule
-from rwkvpeft.training.strategies import matmul_precision, place_model, trainer_arguments
+from rwkvpeft.training.strategies import find_device, matmul_precision, place_model, trainer_arguments
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ def fit(
     keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
     if keeps_rate:
         say(f"{config.optimizer.optim}: the learning rate does not fall; --lr_schedule and --lr_final are not used")
+    graphs = _graphs(config, model, say)
     module = RwkvModule(
         model.train(),
-        LanguageModelling(logit_penalty=config.optimizer.logit_penalty),
+        # to count the rows that are trained would make the processor wait, which no recording can
+        LanguageModelling(logit_penalty=config.optimizer.logit_penalty, compact=graphs is None),
         schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps, keeps_rate=keeps_rate),
         optimizer=config.optimizer,
         plan=plan,
@@ -97,6 +100,8 @@ def fit(
         scaled_gradients=precision == "fp16",
         rates=None if adapter is None else _rates(model, adapter).get,
         after_step=None if adapter is None else partial(adapter.after_step, model),
+        graphs=graphs,
+        report=say,
     )
     saving = _saving(config, adapter, recipe, essentials, point, say)
     callbacks = [Metrics(config.output, asdict(config), say), Progress(say), saving]
@@ -158,6 +163,16 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "num_nodes": runtime.num_nodes,
         "random_seed": runtime.random_seed,
     }
+
+
+def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:
+    if not config.runtime.cuda_graph:
+        return None
+    reason = why_not(config.runtime, model, find_device(config.runtime))
+    if reason is None:
+        return CudaGraphs()
+    report(f"--cuda_graph: steps are not replayed: {reason}")
+    return None
 
 
 def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:

@@ -18,6 +18,7 @@ from rwkvpeft.config.groups import OptimizerConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.objectives.base import Objective
+from rwkvpeft.training.graphed_step import GraphedStep, Graphs
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.optimizers.schedule_free import ScheduleFree
 from rwkvpeft.training.parameter_groups import parameter_groups
@@ -101,6 +102,8 @@ class RwkvModule(pl.LightningModule):
             for an fp16 step that overflowed.
         progress: where an earlier run stopped; updated in place.
         seed: of dropout. Each batch draws from its own stream, so that nothing about it must be saved.
+        graphs: what micro-batches are recorded with, to be replayed; None: they are not.
+        report: takes a line when they cannot be replayed after all.
     """
 
     def __init__(
@@ -116,6 +119,8 @@ class RwkvModule(pl.LightningModule):
         scaled_gradients: bool = False,
         rates: Callable[[str], Rates | None] | None = None,
         after_step: Callable[[int, int], None] | None = None,
+        graphs: Graphs | None = None,
+        report: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -135,6 +140,11 @@ class RwkvModule(pl.LightningModule):
         self._weight = torch.zeros(())
         self._tokens = 0
         self._figures: list[float] = []
+        self._graphed: GraphedStep | None = None
+        self._waiting: tuple[tuple[Tensor, ...], int] | None = None
+        if graphs is not None:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._graphed = GraphedStep(self._forward_and_backward, trained, graphs, report)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, normalised so that Lightning's sums and means add up to the step's mean.
@@ -147,12 +157,42 @@ class RwkvModule(pl.LightningModule):
         group = self.plan.group_size(self.progress.batches)
         weight = self.trainer.strategy.reduce(batch.step_weight, reduce_op="sum")
         shares = group * self.trainer.world_size
-        loss = self.objective(self.model, batch, weight.where(weight > 0, 1.0) / shares)
-        self._loss = self._loss.to(loss.total.device) + loss.total.detach() / group
+        normaliser = weight.where(weight > 0, 1.0) / shares
         self._weight = weight
         self._tokens += batch.input_ids.numel() * self.trainer.world_size
         self.progress.batches += 1
+        if self._graphed is not None:
+            share = torch.full_like(normaliser, 1 / group)
+            self._waiting = (batch.input_ids, batch.labels, batch.weights, normaliser, share), group
+            return torch.zeros_like(normaliser)
+        loss = self.objective(self.model, batch, normaliser)
+        self._add_loss(loss.total.detach(), group)
         return loss.total * (self.plan.accumulate_grad_batches / group)
+
+    def _add_loss(self, loss: Tensor, group: int) -> None:
+        self._loss = self._loss.to(loss.device) + loss / group
+
+    def _forward_and_backward(
+        self, input_ids: Tensor, labels: Tensor, weights: Tensor, normaliser: Tensor, share: Tensor
+    ) -> Tensor:
+        batch = TokenBatch(input_ids, labels, weights, step_weight=normaliser)
+        loss = self.objective(self.model, batch, normaliser).total
+        (loss * share).backward()
+        return loss.detach()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning clears the gradients just before: a replay, which is forward and backward pass, must come after."""
+        if self._graphed is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        assert self._waiting is not None
+        batch, group = self._waiting
+        self._waiting = None
+        self._add_loss(self._graphed(*batch), group)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Replays add to gradients where they are."""
+        optimizer.zero_grad(set_to_none=self._graphed is None)
 
     def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
         """Some accelerators have no fp64; and the sum over devices is made in place, so that it needs a copy."""
