@@ -29,13 +29,13 @@ from rwkvpeft.ops.contract import Supports
 
 SOURCES = (
     "binding.cpp",
-    "wkv5/sequential.cu",
-    "wkv6/sequential.cu",
+    "wkv5/wkv5_sequential.cu",
+    "wkv6/wkv6_sequential.cu",
     "wkv7/chunked.cu",
     "wkv7/chunked_binding.cpp",
-    "wkv7/sequential.cu",
+    "wkv7/wkv7_sequential.cu",
 )
-"""What is compiled; headers are found beside them."""
+"""What is compiled; headers are found beside them. PyTorch names objects by the last part, which must differ."""
 _FLAGS = ["-O3"]
 _HOW_TO = "--op triton or --op torch, which need no compiler"
 _BUILT = "complete"
@@ -140,7 +140,7 @@ def first_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for line in lines:
         # ninja repeats command lines, which may well contain the word
-        if re.search(r"\b(fatal )?error\b\s*[:#C]|\berror\s*:|not found|undefined reference", line):
+        if re.search(r"\b(fatal )?error\b\s*[:#C]|\berror\s*:|not found|cannot find|undefined reference", line):
             return line
     return lines[-1] if lines else "the compiler said nothing"
 

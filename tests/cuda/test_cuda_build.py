@@ -177,6 +177,10 @@ def test_the_sources_that_are_named_exist():
         cuda_build.SOURCES)
 
 
+def test_no_two_sources_make_objects_of_the_same_name():
+    assert len({Path(source).name for source in cuda_build.SOURCES}) == len(cuda_build.SOURCES)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["80", "120"])

@@ -1,7 +1,7 @@
 // The kernels of cuda/, for the CPU, behind functions that Python's ctypes can call.
-#include "wkv5/sequential.cu"
-#include "wkv6/sequential.cu"
-#include "wkv7/sequential.cu"
+#include "wkv5/wkv5_sequential.cu"
+#include "wkv6/wkv6_sequential.cu"
+#include "wkv7/wkv7_sequential.cu"
 
 #define EXPORT(NAME, RUN, CALL)                                                         \
   extern "C" int NAME(const rwkvpeft::CALL* call, int element, int head_size) {         \
