@@ -292,3 +292,9 @@ def test_a_block_of_fused_operators_keeps_little_more_than_it_must(level, most):
         kept.append(bytes_kept(model, 1, 1024))
     # in (T, C) tensors of bf16: the block's own input is 1 of them
     assert 1 <= (kept[1] - kept[0]) / (2 * 1024 * 1024) < most
+
+
+def test_a_run_that_failed_where_auto_chose_can_still_compute_whole_blocks_twice():
+    settings = config("lora", micro_bsz=1, ctx_len=512, quant="nf4", grad_cp="auto")
+    assert ways_out(settings) == ["--grad_cp 1"]
+    assert ways_out(settings, least(SMALL, settings)) == []

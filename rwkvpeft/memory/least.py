@@ -109,7 +109,8 @@ def ways_out(config: TrainConfig, need: Least | None = None) -> list[str]:
     if schedule.micro_bsz > 1:
         batches = schedule.micro_bsz * schedule.accumulate_grad_batches
         ways.append(f"--micro_bsz 1 --accumulate_grad_batches {batches}")
-    if runtime.grad_cp in ("0", "selective"):
+    # where auto was to choose, a run that failed all the same may have been taken for smaller than it is
+    if runtime.grad_cp in ("0", "selective") or (runtime.grad_cp == "auto" and need is None):
         ways.append("--grad_cp 1")
     if runtime.precision in ("fp32", "tf32") and method.peft != "none":
         ways.append("--precision bf16")

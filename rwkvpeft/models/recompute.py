@@ -18,7 +18,8 @@ recurrence are kept, all else is computed again; ``block``: the block's input is
 LEVELS: dict[str, Level] = {"0": "none", "selective": "selective", "1": "block"}
 """By the value of ``--grad_cp``; the fastest first, and the one that keeps least last."""
 
-_DEAR = 256
+# above the ranks of gates and decays, below the width of any model
+_DEAR = 512
 _aten = torch.ops.aten
 # place of the two factors among an operator's arguments
 _PRODUCTS: dict[Any, tuple[int, int]] = {
