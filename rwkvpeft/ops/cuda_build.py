@@ -200,6 +200,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            _say("waiting for another process that builds the CUDA kernels")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
