@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+# before the functions of these names: a package imported later would take their place
+import rwkvpeft.ops.wkv5
+import rwkvpeft.ops.wkv6
+import rwkvpeft.ops.wkv7  # noqa: F401
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs, Wkv, wants_grad
 from rwkvpeft.ops.sequences import Sequences

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,3 +249,14 @@ def test_without_sizes_nothing_is_timed_and_the_rule_decides(row):
 def test_the_rule_goes_by_the_heads_that_run_side_by_side(batch, tokens, first):
     needs = dataclasses.replace(ON_GPU, batch=batch, tokens=tokens)
     assert rule(["triton", "cuda", "torch"], needs, 132)[0] == first
+
+
+def test_the_operators_stay_functions_when_their_backends_are_imported():
+    code = (
+        "import torch\nfrom rwkvpeft import ops\n"
+        "x = torch.zeros(1, 2, 1, 4)\n"
+        "for op in ('torch', 'reference'):\n"
+        "    ops.wkv7(r=x, w=x, k=x, v=x, a=x, b=x, op=op)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
