@@ -19,7 +19,7 @@ from rwkvpeft.models.layers import LayerNorm, Linear
 from rwkvpeft.models.recompute import Level, run_block
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
-from rwkvpeft.ops.block.contract import BlockOps
+from rwkvpeft.ops.block.contract import BlockOps, Mixed
 from rwkvpeft.ops.block.plain import PLAIN
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ class TimeMixing(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Mix along time what the token shift has mixed, (B, T, C) each.
 
@@ -77,13 +77,14 @@ class Block(nn.Module):
             time_shift=_first_shift(self.att, state.time_shift, x),
             channel_shift=_first_shift(self.ffn, state.channel_shift, x),
         )
-        x, mixed, time_shift = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes())
+        mixed = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes())
+        time_shift = mixed.last
         update, first_value, memory = self.att(mixed, first_value, state)
         update = F.dropout(update, self.dropout, self.training)
         mixes = self.ffn.shift_mixes()
-        x, mixed, channel_shift = self.ops.norm_mix(x, update, self.ln2.norm(), state.channel_shift, mixes)
-        x = x + F.dropout(self.ffn(*mixed), self.dropout, self.training)
-        return x, first_value, BlockState(time_shift, memory, channel_shift)
+        mixed = self.ops.norm_mix(mixed.residual, update, self.ln2.norm(), state.channel_shift, mixes)
+        x = mixed.residual + F.dropout(self.ffn(*mixed.tokens), self.dropout, self.training)
+        return x, first_value, BlockState(time_shift, memory, mixed.last)
 
 
 def _first_shift(mixing: TimeMixing | ChannelMixing, shift: Tensor | None, x: Tensor) -> Tensor | None:

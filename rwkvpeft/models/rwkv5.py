@@ -15,7 +15,7 @@ from rwkvpeft.models.initialise import decay_and_bonus, depth_ratios, orthogonal
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
-from rwkvpeft.ops.block.contract import BlockOps
+from rwkvpeft.ops.block.contract import BlockOps, Mixed
 
 
 class TimeMix(TimeMixing):
@@ -51,10 +51,10 @@ class TimeMix(TimeMixing):
         return tuple(1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g))
 
     def forward(
-        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See ``TimeMixing.forward``."""
-        x_k, x_v, x_r, x_g = mixed
+        x_k, x_v, x_r, x_g = mixed.tokens
         r, k, v = (
             part.unflatten(-1, (self.heads, -1)) for part in (self.receptance(x_r), self.key(x_k), self.value(x_v))
         )

@@ -18,7 +18,7 @@ from rwkvpeft.models.initialise import depth_ratios, orthogonal, position
 from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
-from rwkvpeft.ops.block.contract import BlockOps, KeyParameters
+from rwkvpeft.ops.block.contract import BlockOps, KeyParameters, Mixed
 from rwkvpeft.ops.block.plain import PLAIN
 
 
@@ -65,10 +65,10 @@ class TimeMix(TimeMixing):
         return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
 
     def forward(
-        self, mixed: tuple[Tensor, ...], first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See ``TimeMixing.forward``."""
-        x_r, x_w, x_k, x_v, x_a, x_g = mixed
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed.tokens
         receptance, key, value = self.receptance(x_r), self.key(x_k), self.value(x_v)
         decay_logit = self._low_rank(x_w, "w", torch.tanh) + self.w0.to(x_w.dtype)
         rate_logit = self._low_rank(x_a, "a")

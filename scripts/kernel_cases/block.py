@@ -60,7 +60,7 @@ def norm_mix_v6(sizes: Sizes) -> None:
 
 def mix_by_token(sizes: Sizes, rest: bool) -> None:
     mixes = tuple(sizes.parameter() for _ in range(5))
-    differentiate(TRITON.mix_by_token(sizes.tokens(), sizes.last() if rest else None, sizes.tokens(5), mixes))
+    differentiate(TRITON.mix_by_token(sizes.tokens(), None, sizes.last() if rest else None, sizes.tokens(5), mixes))
 
 
 def prepare_keys(sizes: Sizes, first: bool) -> None:

@@ -24,11 +24,15 @@ class Norm(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """``residual`` (B, T, C); ``tokens``, one (B, T, C) for each mix; ``last``, the last normed token (B, C)."""
+    """``residual`` (B, T, C); ``tokens``, one (B, T, C) for each mix; ``last``, the last normed token (B, C).
+
+    ``towards`` (B, T, C): predecessor - token for ``MixByToken``, from a program that has it at hand.
+    """
 
     residual: Tensor
     tokens: tuple[Tensor, ...]
     last: Tensor | None
+    towards: Tensor | None = None
 
 
 class NormMix(Protocol):
@@ -51,12 +55,13 @@ class MixByToken(Protocol):
     """Move each token towards its predecessor by shares that each token has of its own (v6)."""
 
     def __call__(
-        self, x: Tensor, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
+        self, x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """Compute x + (predecessor of x - x) * (mix + share) for each of five mixes.
 
         Args:
             x: (B, T, C). shares: (5, B, T, C).
+            towards: what the same program's ``norm_mix`` returned beside x.
         """
 
 

@@ -20,12 +20,15 @@ def norm_mix(
     normed = F.layer_norm(residual, weight.shape, weight, bias, norm.eps)
     towards = shift_tokens(normed, last) - normed
     tokens = tuple(normed if mix is None else torch.addcmul(normed, towards, mix.to(x.dtype)) for mix in mixes)
-    return Mixed(residual, tokens, last_token(normed, last))
+    return Mixed(residual, tokens, last_token(normed, last), towards)
 
 
-def mix_by_token(x: Tensor, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def mix_by_token(
+    x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """See ``MixByToken``."""
-    towards = shift_tokens(x, last) - x
+    # a second copy would be kept for the backward pass
+    towards = shift_tokens(x, last) - x if towards is None else towards
     return tuple(
         torch.addcmul(x, towards, share + mix.to(x.dtype)) for share, mix in zip(shares.unbind(0), mixes, strict=True)
     )

@@ -39,7 +39,7 @@ def _norm_mix(ops: BlockOps, x: Tensor, update: Tensor, weight: Tensor, bias: Te
 
 
 def _mix_by_token(ops: BlockOps, x: Tensor, last: Tensor, shares: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-    return ops.mix_by_token(x, last, shares, mixes)
+    return ops.mix_by_token(x, None, last, shares, mixes)
 
 
 def _prepare_keys(ops: BlockOps, reference: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

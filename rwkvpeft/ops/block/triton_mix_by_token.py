@@ -209,10 +209,12 @@ class _MixByToken(torch.autograd.Function):
         )
 
 
-def mix_by_token(x: Tensor, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def mix_by_token(
+    x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """See ``contract.MixByToken``."""
     if x.numel() == 0:
-        return plain.mix_by_token(x, last, shares, mixes)
+        return plain.mix_by_token(x, towards, last, shares, mixes)
     before = None if last is None else last.contiguous()
     results: tuple[Tensor, ...] = _MixByToken.apply(x.contiguous(), before, shares.contiguous(), *mixes)
     return results
