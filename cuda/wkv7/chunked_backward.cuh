@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 3) backward_ke
                            window.tokens);
     __syncthreads();  // P and Q are made, and the raw operands used up
 
-    make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
+    make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q, chunk);
     Accumulator x = zeros(), dv = zeros(), du = zeros();  // (values, tokens)
     float both[N / 4];
 #pragma unroll

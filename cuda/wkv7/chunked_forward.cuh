@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Sizes<N>::THREADS, N > 64 ? 1 : 4) forward_ker
     __syncthreads();  // P and Q are made, and the raw operands used up
     if (chunk + 1 < walk.chunks) start_chunk<N>(memory, call, walk, chunk + 1);
 
-    make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q);
+    make_transition<N>(memory.square, memory.inverse, memory.solve, memory.p, memory.q, chunk);
     Accumulator y = zeros(), x = zeros();  // (values, tokens): what r and a read of the state
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {

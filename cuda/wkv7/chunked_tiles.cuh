@@ -40,7 +40,7 @@ constexpr float STRONGEST = -0.60653065971263342f;  // the log decay of a satura
 
 template <int N>
 struct Sizes {
-  static_assert(N % 64 == 0, "the sums over columns deal out channels by 64");
+  static_assert(N % 64 == 0 && (N & (N - 1)) == 0, "the sums over columns deal out channels by 64");
   static constexpr int WARPS = N / 16;
   static constexpr int THREADS = 32 * WARPS;  // one for each half of each key channel
   static constexpr int STRIDE = N + 8;        // of tiles that products read
@@ -211,23 +211,24 @@ __device__ __forceinline__ void invert(Bf16* inverse, float* solve, const Accumu
   }
 }
 
-// A and M of a chunk: quadrants rk, rb, ak and ab are dealt out to the warps. A's quadrant ab is left as it was.
+// A and M of a chunk: quadrants rk, rb, ak and ab are dealt out to the warps, in turns, because ab is the most work.
+// A's quadrant ab is left as it was.
 template <int N>
 __device__ __forceinline__ void make_transition(Bf16* square, Bf16* inverse, float* solve, const Bf16* p,
-                                                const Bf16* q) {
+                                                const Bf16* q, int turn) {
   constexpr int STRIDE = Sizes<N>::STRIDE, LOWER = CHUNK * STRIDE;
-  for (int quadrant = threadIdx.x / 32; quadrant < 4; quadrant += Sizes<N>::WARPS) {
-    Accumulator sum = zeros();
+  const int quadrant = (threadIdx.x / 32 + turn) & (Sizes<N>::WARPS - 1);
+  if (quadrant >= 4) return;
+  Accumulator sum = zeros();
 #pragma unroll
-    for (int j = 0; j < N; j += 16) {
-      add_product(sum, left<STRIDE>(p + (quadrant >> 1) * LOWER + j),
-                  right_of_transposed<STRIDE>(q + (quadrant & 1) * LOWER + j));
-    }
-    if (quadrant == 3) {
-      invert(inverse, solve, sum);
-    } else {
-      store_quadrant(square, quadrant, sum);
-    }
+  for (int j = 0; j < N; j += 16) {
+    add_product(sum, left<STRIDE>(p + (quadrant >> 1) * LOWER + j),
+                right_of_transposed<STRIDE>(q + (quadrant & 1) * LOWER + j));
+  }
+  if (quadrant == 3) {
+    invert(inverse, solve, sum);
+  } else {
+    store_quadrant(square, quadrant, sum);
   }
 }
 
