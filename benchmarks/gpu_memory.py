@@ -34,6 +34,7 @@ from torch import Tensor
 from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.checkpoints.quantised import Quantiser
+from rwkvpeft.cli.assemble import likely_programs
 from rwkvpeft.config.groups import (
     DataConfig,
     MethodConfig,
@@ -140,8 +141,10 @@ def adapter_of(method: MethodConfig):
 
 def predict(options: argparse.Namespace, size: str, method: str, quant: str) -> dict[str, float]:
     config = settings_of(options, method, quant)
-    need = expect(shape_of(size), config, lambda part: adapter_of(config.method))
+    shape = shape_of(size)
     device = "cpu" if options.device == "cpu" else "cuda"
+    programs = likely_programs(shape, config, device)
+    need = expect(shape, config, lambda part: adapter_of(config.method), programs=programs)
     return {"expected": need.total, "in all": need.total + OVERHEAD_BYTES[device]}
 
 
