@@ -1,7 +1,7 @@
 // What the chunked wkv7 kernels share: a chunk's operands, its 32x32 matrix of token against token, and its inverse.
 //
-// One block walks the chunks of one head. With L = 16 tokens to a chunk, c_t the sum of the chunk's log decays up to and
-// including token t, and g = c at the chunk's middle (c_7), a chunk has the operands
+// One block walks the chunks of one head of one sequence. With L = 16 tokens to a chunk, c_t the sum of the chunk's log
+// decays up to and including token t, and g = c at the chunk's middle (c_7), a chunk has the operands
 //
 //     P = [r e^(c_t - g); a e^(c_(t-1) - g)]      Q = [k e^(g - c_t); b e^(g - c_t)]      (2L rows, N key channels)
 //     Z = [V; U]                                                                          (2L rows, N value channels)
