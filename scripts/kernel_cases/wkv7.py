@@ -26,6 +26,5 @@ CASES = {
     "fp16 N=64": partial(run, torch.float16, 64),
     "fp32 N=64": partial(run, torch.float32, 64),
     "bf16 N=128": partial(run, torch.bfloat16, 128),
-    "fp32 N=128": partial(run, torch.float32, 128),
     "packed": partial(run, torch.bfloat16, 64, packed=True, state=False),
 }

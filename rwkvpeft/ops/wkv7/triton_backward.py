@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkvpeft.ops.triton_tools import dot, load_block, load_tokens, place_of_chunk, store_block, store_tokens
+from rwkvpeft.ops.triton_tools import (
+    dot,
+    interpreted,
+    load_block,
+    load_tokens,
+    place_of_chunk,
+    store_block,
+    store_tokens,
+)
 from rwkvpeft.ops.wkv7.triton_forward import Operands, Plan, launch_scan
 from rwkvpeft.ops.wkv7.triton_parts import STRONGEST, chunk_decays, seeing, seen
 
@@ -176,7 +184,7 @@ def backward(
     dr, dw, dk, dv, da, db = grads
     solved = plan.blocks(v, length, size, dtype=plan.narrow)
     back = torch.empty_like(solved)
-    warps = 8 if size > 64 else 4
+    warps = _warps(size)
     chunk_solutions[plan.grid(2)](
         given.R, given.A, given.K, given.B, given.M, v, dy, states, ends, table, solved, back, *plan.places,
         **plan.shape, num_warps=warps, num_stages=1,
@@ -190,3 +198,11 @@ def backward(
         w, states, ends, d_ell, table, dw, *plan.places, **plan.shape, num_warps=warps, num_stages=1
     )
     return grads, dstate
+
+
+def _warps(size: int) -> int:
+    """Warps of a program; the data centre's Blackwell needs more registers for the same products."""
+    if interpreted():
+        return 4
+    target = triton.runtime.driver.active.get_current_target()
+    return 8 if size > 64 or (target.backend == "cuda" and target.arch // 10 == 10) else 4
