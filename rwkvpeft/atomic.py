@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: written beside their place, made durable, then renamed."""
+"""Files that appear complete or not at all, and work that one process does while others wait."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from rwkvpeft.errors import UserError
 
@@ -66,3 +67,32 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as reason:
         raise UserError(f"cannot write {path}", found=reason.strerror or str(reason)) from reason
+
+
+@contextlib.contextmanager
+def alone(path: Path, waits: Callable[[], object]) -> Iterator[None]:
+    """Keep other processes of this machine out of what is done inside.
+
+    The system takes the lock from a process that dies, so that none is ever left over. On Windows, and where ``path``
+    cannot be locked, nobody is kept out.
+
+    Args:
+        path: the file that stands for the lock; it stays behind, empty.
+        waits: is called before waiting for another process.
+    """
+    with contextlib.ExitStack() as held:
+        if os.name != "nt":
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _lock(held.enter_context(path.open("w")), waits)
+        yield
+
+
+def _lock(file: IO[str], waits: Callable[[], object]) -> None:
+    import fcntl  # not there on Windows
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waits()
+        fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,10 +1,13 @@
-"""Files appear complete or not at all."""
+"""Files appear complete or not at all; one process works while others wait."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from rwkvpeft.atomic import write_whole
+from rwkvpeft.atomic import alone, write_whole
 from rwkvpeft.errors import UserError
 
 
@@ -38,3 +41,20 @@ def test_what_the_system_refuses_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_whole(tmp_path / "file" / "a.txt", lambda partial: partial.write_text(""))
+
+
+def test_others_wait_for_the_one_that_works_alone(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "new" / "lock"
+    code = "import sys; from pathlib import Path; from rwkvpeft.atomic import alone\n" \
+        "with alone(Path(sys.argv[1]), lambda: print('waits', flush=True)): print('works')"
+    with alone(path, pytest.fail):
+        other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "waits\n"
+    assert other.communicate(timeout=60)[0] == "works\n"
+
+
+def test_a_place_that_cannot_be_locked_keeps_nobody_from_working(tmp_path):
+    (tmp_path / "file").write_text("")
+    with alone(tmp_path / "file" / "lock", pytest.fail):
+        pass

@@ -7,20 +7,25 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from rwkvpeft.atomic import write_whole
+from rwkvpeft.atomic import alone, write_whole
 from rwkvpeft.errors import UserError
 from rwkvpeft.ops.contract import Backend, Needs
 from rwkvpeft.ops.trial import complaint, errors_of, milliseconds
 
 _PACKAGES = ("torch", "triton", "fla-core", "rwkvpeft")
 """Whose versions speed depends on."""
+
+
+class GpuLost(UserError):
+    """A program has broken off so badly that this process can no longer use its GPU: no other can be taken instead."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,12 @@ class Bench:
         """The bench of a CUDA device."""
 
         def errors(operator: str, backend: Backend, needs: Needs) -> Mapping[str, float]:
-            with torch.cuda.device(device):
+            with surviving(device, f"--op {backend.name}", "--op torch"), torch.cuda.device(device):
                 return errors_of(backend.run, operator, needs, device)
 
         def timed(operator: str, backend: Backend, needs: Needs) -> float:
             try:
-                with torch.cuda.device(device):
+                with surviving(device, f"--op {backend.name}", "--op torch"), torch.cuda.device(device):
                     return milliseconds(backend.run, operator, needs, device)
             finally:
                 # the model comes next and may need all of it
@@ -88,6 +93,8 @@ class Bench:
         for name, backend in backends.items():
             try:
                 found[name] = self.milliseconds(operator, backend, needs)
+            except GpuLost:
+                raise
             except Exception:  # noqa: BLE001 most likely too little memory at this size: the others go on
                 continue
         return found
@@ -97,10 +104,39 @@ class Bench:
         if times and self.memory is not None:
             keep_times(self.memory, self._key(operator, names, needs), times)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes from measuring meanwhile: they wait, and then find what this one kept."""
+        if self.memory is None:
+            return nullcontext()
+        waiting = "waiting for another process that tries programs on this machine"
+        return alone(self.memory.with_suffix(".lock"), lambda: self.say(waiting))
+
     def _key(self, operator: str, names: Iterable[str], needs: Needs) -> str:
         versions = [*(f"{package} {_version(package)}" for package in _PACKAGES), f"kernels {_sources()}"]
         sizes = [f"B*H {_bucket(needs.groups)}", f"T {_bucket(needs.tokens)}", f"N {needs.head_size}"]
         return ", ".join([self.device, *versions, operator, str(needs.dtype), *sizes, "/".join(sorted(names))])
+
+
+@contextmanager
+def surviving(device: torch.device | str, program: str, instead: str) -> Iterator[None]:
+    """Do what may fail on a GPU.
+
+    Args:
+        program: the flag that asks for what is tried. instead: the one that does without.
+    Raises: whatever is raised inside; GpuLost if nothing can run on the device afterwards.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as reason:
+        if torch.device(device).type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError:
+                raise GpuLost(f"{program} failed so badly on this GPU that nothing else can run after it",
+                              found=first_line(reason), fix=instead) from reason
+        raise
 
 
 def _say(line: str) -> None:
@@ -114,9 +150,12 @@ def first_line(reason: BaseException) -> str:
     return f"{type(reason).__name__}: {lines[0][:160]}" if lines else type(reason).__name__
 
 
-def memory_file() -> Path:
-    """Where times are kept: in the user's own cache folder."""
-    home = Path.home()
+def memory_file() -> Path | None:
+    """Where times are kept: in the user's own cache folder; None for a user who has none."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
     if sys.platform == "win32":
         folder = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rwkvpeft.errors import UserError
-from rwkvpeft.ops.bench import Bench, first_line
+from rwkvpeft.ops.bench import Bench, GpuLost, first_line
 from rwkvpeft.ops.contract import Backend, Needs, Wkv
 from rwkvpeft.ops.sequences import taking_sequences
 from rwkvpeft.ops.trial import COARSE
@@ -154,14 +154,21 @@ def _by_time(found: _Field, needs: Needs, bench: Bench) -> list[str]:
     names = [name for name in found.backends if name != _FOR_CHECKING]
     known = bench.remembered(found.operator, names, needs)
     if known is None:
-        bench.say(f"trying what can compute {found.operator} on this GPU; kernels are compiled the first time")
-        # what fails its trial is not worth its time
-        passed = {name: found.backends[name] for name in names if _passes(found, name, needs, bench)}
-        known = bench.times(found.operator, passed, needs)
-        bench.remember(found.operator, names, needs, known)
+        # the processes of a run that measured side by side would disturb each other, and might choose differently
+        with bench.alone():
+            known = bench.remembered(found.operator, names, needs) or _measured(found, names, needs, bench)
     found.times = {name: time for name, time in known.items() if name in found.backends}
     untimed = [name for name in found.backends if name not in found.times]
     return [*sorted(found.times, key=found.times.__getitem__), *rule(untimed, needs, bench.processors)]
+
+
+def _measured(found: _Field, names: list[str], needs: Needs, bench: Bench) -> dict[str, float]:
+    bench.say(f"trying what can compute {found.operator} on this GPU; kernels are compiled the first time")
+    # what fails its trial is not worth its time
+    passed = {name: found.backends[name] for name in names if _passes(found, name, needs, bench)}
+    times = bench.times(found.operator, passed, needs)
+    bench.remember(found.operator, names, needs, times)
+    return times
 
 
 def _passes(found: _Field, name: str, needs: Needs, bench: Bench) -> bool:
@@ -169,6 +176,8 @@ def _passes(found: _Field, name: str, needs: Needs, bench: Bench) -> bool:
         return True
     try:
         reason = bench.objection(found.operator, found.backends[name], needs)
+    except GpuLost:
+        raise
     except UserError as said:
         reason = said.what
     if reason:

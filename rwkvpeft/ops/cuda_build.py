@@ -15,8 +15,6 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkvpeft.atomic import alone
 from rwkvpeft.errors import UserError
 from rwkvpeft.ops.contract import Supports
 
@@ -104,7 +103,7 @@ def extension() -> Any:
         if missing := objection():
             raise UserError("--op cuda cannot build the CUDA kernels", found=missing, fix=_HOW_TO)
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder / "builder", lambda: _say("waiting for another process that builds the CUDA kernels")):
             if not (folder / _BUILT).is_file():  # nobody else has built it meanwhile
                 _build(folder)
     return _import(folder)
@@ -186,23 +185,6 @@ def _import(folder: Path) -> ModuleType:
         raise UserError("--op cuda: the CUDA kernels that were built do not load", found=reason,
                         fix=f"delete {folder} to build them anew; or {_HOW_TO}") from None
     return module
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out. The system takes the lock from a process that dies, so that none is ever left over."""
-    with (folder / "builder").open("w") as file:
-        if os.name == "nt":
-            yield
-            return
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("waiting for another process that builds the CUDA kernels")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _name(architecture: str, sources: Path) -> str:

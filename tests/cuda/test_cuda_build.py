@@ -101,8 +101,8 @@ def test_a_process_that_died_while_building_holds_nobody_up(machine):
     folder.mkdir(parents=True)
     die_in_the_lock = (
         "import os, pathlib, sys\n"
-        "from rwkvpeft.ops import cuda_build\n"
-        "with cuda_build._alone(pathlib.Path(sys.argv[1])):\n"
+        "from rwkvpeft.atomic import alone\n"
+        "with alone(pathlib.Path(sys.argv[1]) / 'builder', print):\n"
         "    os._exit(9)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -113,13 +113,13 @@ def test_a_process_that_died_while_building_holds_nobody_up(machine):
 
 
 def test_a_process_that_waited_takes_what_the_other_built(machine, monkeypatch):
-    alone = cuda_build._alone
+    alone = cuda_build.alone
 
-    def after_another(folder):
-        (folder / "complete").touch()
-        return alone(folder)
+    def after_another(path, waits):
+        (path.parent / "complete").touch()
+        return alone(path, waits)
 
-    monkeypatch.setattr(cuda_build, "_alone", after_another)
+    monkeypatch.setattr(cuda_build, "alone", after_another)
     cuda_build.extension()
     assert machine.builds == 0
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from rwkvpeft.errors import UserError
 from rwkvpeft.ops import choose
-from rwkvpeft.ops.bench import Bench
+from rwkvpeft.ops.bench import Bench, GpuLost, surviving
 from rwkvpeft.ops.choose import choose_backend, rule
 from rwkvpeft.ops.contract import Backend, Needs, Supports
 from rwkvpeft.registry import BACKENDS
@@ -198,6 +199,46 @@ def test_a_folder_that_cannot_be_written_only_costs_the_memory(row, tmp_path):
     (tmp_path / "file").write_text("")
     gpu = Gpu(times={"triton": 0.2, "torch": 3.4}, memory=tmp_path / "file" / "times.json")
     assert choose_backend("wkv7", "auto", ON_GPU, gpu.bench).report.startswith("wkv7 by triton")
+
+
+def test_a_process_that_waited_for_another_takes_the_times_that_one_kept(row, tmp_path, monkeypatch):
+    row(triton="TRITON", cuda="CUDA")
+    memory = tmp_path / "times.json"
+    first = Gpu(times={"triton": 0.2, "cuda": 0.6, "torch": 3.4}, memory=memory).bench
+    waiting = Gpu(memory=memory)
+
+    @contextmanager
+    def after_the_first(path, waits):
+        first.remember("wkv7", ["triton", "cuda", "torch"], ON_GPU, {"triton": 0.2, "cuda": 0.6, "torch": 3.4})
+        yield
+
+    monkeypatch.setattr("rwkvpeft.ops.bench.alone", after_the_first)
+    assert choose_backend("wkv7", "auto", ON_GPU, waiting.bench).report.startswith("wkv7 by triton, 0.2 ms")
+    assert waiting.timed == []
+
+
+@pytest.mark.parametrize("where", ["errors", "times"])
+def test_nothing_is_taken_after_a_program_that_made_the_gpu_unusable(row, where):
+    row(triton="TRITON")
+    broken = {"triton": GpuLost("--op triton failed so badly", fix="--op torch")}
+    gpu = Gpu(**{"times": {"torch": 3.4}, where: broken})
+    with pytest.raises(GpuLost, match="--op torch"):
+        choose_backend("wkv7", "auto", ON_GPU, gpu.bench)
+
+
+def test_a_gpu_on_which_nothing_runs_after_a_failure_is_lost(monkeypatch):
+    def still_broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", still_broken)
+    with pytest.raises(GpuLost, match="--op triton"), surviving("cuda", "--op triton", "--op torch"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_failure_that_a_gpu_survives_is_what_it_was(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with pytest.raises(torch.OutOfMemoryError), surviving("cuda", "--op triton", "--op torch"):
+        raise torch.OutOfMemoryError("no")
 
 
 def test_auto_leaves_alone_what_is_not_built_and_says_so(row):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkvpeft.ops.bench import first_line
+from rwkvpeft.ops.bench import GpuLost, first_line, surviving
 from rwkvpeft.ops.block.contract import BlockOps, KeyParameters, Norm
 from rwkvpeft.ops.block.plain import PLAIN
 from rwkvpeft.ops.contract import Needs
@@ -104,13 +104,19 @@ def results_of(ops: BlockOps, call: Call, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def objection(ops: BlockOps, needs: Needs, device: torch.device | str) -> str:
-    """Why the operators cannot be trusted on this device, in a few words; empty when they compute what they should."""
+    """Why the operators cannot be trusted on this device, in a few words; empty when they compute what they should.
+
+    Raises: GpuLost if trying them made the device unusable.
+    """
     heads = max(needs.heads, _HEADS)
     for name, call in CALLS.items():
         inputs = draw(call.inputs, needs.dtype, heads=heads, head_size=needs.head_size, tokens=_TOKENS)
         wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
         try:
-            found = results_of(ops, call, [tensor.detach().to(device).requires_grad_() for tensor in inputs])
+            with surviving(device, "--fused_kernel", "--fused_kernel false"):
+                found = results_of(ops, call, [tensor.detach().to(device).requires_grad_() for tensor in inputs])
+        except GpuLost:
+            raise
         except Exception as reason:  # noqa: BLE001 a compiler or a driver may fail in any way
             return f"{name} fails: {first_line(reason)}"
         expected = results_of(PLAIN, call, wide)
