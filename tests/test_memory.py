@@ -261,6 +261,13 @@ def test_a_level_that_was_asked_for_is_taken_whatever_is_free():
     assert choose_level({}, config(grad_cp="0"), free=0, device_type="cpu").grad_cp == "0"
 
 
+def test_free_memory_of_a_gpu_counts_what_pytorch_holds_unused(monkeypatch):
+    device = torch.device("cuda", 1)
+    for name, answer in (("mem_get_info", (700, 1000)), ("memory_reserved", 250), ("memory_allocated", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda asked, answer=answer: answer if asked == device else None)
+    assert free_memory(device) == 900
+
+
 def test_free_memory_is_part_of_all_memory():
     assert 0 < free_memory(torch.device("cpu")) < total_memory("cpu")
 

@@ -63,7 +63,7 @@ class _WithLora(torch.autograd.Function):
         y = _own_output(base, x)
         with _without_autocast(x):
             thin = _rows(x, y.dtype) @ lora_a.to(y.dtype).T
-            _flat(y).addmm_(thin, _scaled(lora_b, scaling, y.dtype).T)
+            _rows_of(y).addmm_(thin, _scaled(lora_b, scaling, y.dtype).T)
         wants_a, wants_b = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(x if wants_a else None, thin if wants_b else None, lora_a, lora_b)
         ctx.set_materialize_grads(False)
@@ -102,9 +102,9 @@ class _WithShard(torch.autograd.Function):
         with _without_autocast(x):
             folded = fold(_rows(x, y.dtype), rank)
             if columns == y.shape[-1]:
-                _flat(y).addmm_(folded, shard.to(y.dtype))
+                _rows_of(y).addmm_(folded, shard.to(y.dtype))
             else:
-                _flat(y).unflatten(1, (-1, columns)).add_((folded @ shard.to(y.dtype))[:, None])
+                _rows_of(y).unflatten(1, (-1, columns)).add_((folded @ shard.to(y.dtype))[:, None])
         ctx.save_for_backward(folded if ctx.needs_input_grad[1] else None, shard)
         ctx.set_materialize_grads(False)
         ctx.base, ctx.dtype = base, x.dtype
@@ -175,6 +175,11 @@ def _scaled(matrix: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
+
+
+def _rows_of(y: Tensor) -> Tensor:
+    """``y`` itself as (R, out), to be written to: never a copy, as ``reshape`` may make."""
+    return y.view(-1, y.shape[-1])
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

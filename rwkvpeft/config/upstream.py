@@ -79,7 +79,7 @@ FLAGS: dict[str, UpstreamFlag] = {
     "avg_loss": _none(0, "the loss is always the mean over the trained tokens of a step"),
     "l2warp_sparse": _none(0, "the logit penalty always acts on every position", "--logit_penalty"),
     "head_chunk": _none(0, "the loss is always computed in chunks"),
-    "kernel": _none("", "RWKV-LM's kernels are not here", "--op auto"),
+    "kernel": _none("", "--op says which program computes the recurrence", "--op auto"),
     "compile": _none("false", "compiling the model is not available", kind="switch"),
     "ds_bucket_mb": _none(200, "only DeepSpeed reads it, which is not available yet"),
     "cuda_cleanup": _none(0, "it is read nowhere upstream"),

@@ -30,7 +30,8 @@ def free_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        # what earlier tensors left with PyTorch's allocator, as those of programs that were tried
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
     group = Path("/sys/fs/cgroup")
