@@ -80,14 +80,12 @@ def taking_sequences(operator: str, backend: Backend) -> Wkv:
     """The backend's operator, with ``sequences`` as one more argument, None for rows of one sequence each."""
 
     def run(*, sequences: Sequences | None = None, state: Tensor | None, **operands: Tensor) -> tuple[Tensor, Tensor]:
-        # kernels are launched on the current GPU, which need not be that of the tensors
-        with torch.cuda.device_of(operands["v"]):
-            if sequences is None:
-                return backend.run(**operands, state=state)
-            sequences.check(operator, operands["v"], state)
-            if backend.packed:
-                return backend.run(**operands, state=state, sequences=sequences)
-            return _run_apart(backend.run, sequences, state, operands)
+        if sequences is None:
+            return backend.run(**operands, state=state)
+        sequences.check(operator, operands["v"], state)
+        if backend.packed:
+            return backend.run(**operands, state=state, sequences=sequences)
+        return _run_apart(backend.run, sequences, state, operands)
 
     return run
 
