@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from pathlib import Path
 
@@ -26,28 +25,6 @@ TOLERANCES = {"y": 5e-3, "final": 5e-3, "r": 5e-3, "w": 6e-3, "k": 5e-3, "v": 5e
 REPEATED = {**TOLERANCES, "y": 8e-3, "final": 8e-3, "r": 8e-3, "w": 1e-2, "k": 8e-3, "v": 8e-3, "a": 6e-2, "b": 6e-2}
 
 
-class _OnCpu:
-    """What ``cuda/wkv7/chunked_binding.cpp`` offers."""
-
-    def __init__(self, library):
-        self.library = library
-
-    def wkv7_chunked_forward(self, r, w, k, v, a, b, state, y, final, saved, chunks, first):
-        self._run("wkv7_chunked_forward", v, [r, w, k, v, a, b, state, y, final, saved, chunks, first])
-
-    def wkv7_chunked_backward(self, r, w, k, v, a, b, saved, dy, dfinal, grads, dstate, chunks, first):
-        grads = grads or [None] * 6
-        self._run("wkv7_chunked_backward", v, [r, w, k, v, a, b, saved, dy, dfinal, *grads, dstate, chunks, first])
-
-    def _run(self, name, value, tensors):
-        assert all(x is None or x.is_contiguous() for x in tensors)
-        first = tensors[-1]
-        sequences = value.shape[0] if first is None else first.shape[0] - 1
-        words = [0 if x is None else x.data_ptr() for x in tensors]
-        call = (ctypes.c_int64 * (len(words) + 3))(*words, sequences, value.shape[1], value.shape[2])
-        assert getattr(self.library, name)(ctypes.byref(call)) == 0
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return on_cpu.compile_library(tmp_path_factory.mktemp("chunked"), on_cpu.SHIM / "chunked.cpp")
@@ -55,7 +32,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _on_cpu(library, monkeypatch):
-    monkeypatch.setattr(cuda_build, "extension", lambda: _OnCpu(library))
+    monkeypatch.setattr(cuda_build, "extension", lambda: on_cpu.ChunkedOnCpu(library))
 
 
 def _inputs(batch, tokens, heads, kind="plain"):
@@ -182,6 +159,24 @@ def test_two_runs_agree_to_the_bit():
     operands, state, (dy, dfinal) = _inputs(1, 33, 1), _state(1, 1), _upstream(1, 33, 1)
     one, other = (_results(lambda x, s: _chunked(x, s), operands, state, dy, dfinal) for _ in range(2))
     assert all(torch.equal(found, other[name]) for name, found in one.items())
+
+
+@pytest.mark.parametrize("order", on_cpu.ORDERS.values(), ids=on_cpu.ORDERS)
+@pytest.mark.parametrize("lengths", [None, [21, 0, 44]])
+def test_the_order_of_threads_changes_no_bit(library, order, lengths):
+    sequences = lengths and Sequences(lengths)
+    count = len(lengths or [1])
+    operands, state = _inputs(1, 65, 2), _state(count, 2)
+    dy, dfinal = torch.randn(1, 65, 2, N).to(torch.bfloat16), torch.randn(count, 2, N, N)
+
+    def run():
+        found = _results(lambda x, s: _chunked(x, s, sequences), operands, state, dy, dfinal)
+        y, final = _chunked({name: x.detach() for name, x in operands.items()}, state, sequences)
+        return [*found.values(), *torch.autograd.grad([y, final], [state], [dy, dfinal])]
+
+    expected = run()
+    with on_cpu.schedule(library, order):
+        assert all(torch.equal(*both) for both in zip(run(), expected, strict=True))
 
 
 def test_without_gradients_nothing_is_kept():

@@ -190,6 +190,16 @@ def test_two_runs_are_bitwise_equal(operator):
 
 
 @operators
+@pytest.mark.parametrize("order", on_cpu.ORDERS.values(), ids=on_cpu.ORDERS)
+def test_the_order_of_threads_changes_no_bit(operator, kernels, order):
+    given = operands(operator, replace(SMALL, tokens=37))
+    expected = results(KERNELS[operator][0], given)
+    with on_cpu.schedule(kernels.library, order):
+        found = results(KERNELS[operator][0], given)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@operators
 def test_a_sequence_in_pieces_gives_the_same_gradients(operator):
     given = operands(operator, replace(SMALL, tokens=37))
     run = KERNELS[operator][0]

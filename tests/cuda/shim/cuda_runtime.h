@@ -1,6 +1,7 @@
 // Test-only stand-in for CUDA's header: kernels compiled by a host compiler run on a CPU, one block after another,
-// each thread of a block on a stack of its own (a fiber). Threads switch at barriers and shuffles only, so that a
-// missing barrier mostly shows as a wrong result, and a barrier that some threads never reach as an error.
+// each thread of a block on a stack of its own (a fiber). Threads switch at barriers and shuffles only, in an order
+// that the test chooses: a missing barrier shows as a result that depends on the order, and a barrier that some threads
+// never reach as an error.
 #pragma once
 
 #include <setjmp.h>
@@ -15,6 +16,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -56,6 +59,22 @@ struct Barrier {
   long generation = 0;
 };
 
+// In what order threads go on. By warps: each as far as it comes before the next one gets its turn.
+enum Order { forwards = 0, backwards = 1, by_warps = 2, shuffled = 3 };
+
+struct Schedule {
+  int order = forwards;
+  bool late_copies = false;  // whether asynchronous copies are made when they are waited for, or at once
+  std::mt19937 random;
+};
+
+inline Schedule schedule;
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   ucontext_t context;  // enters the fiber once; afterwards jumps do, which cost no system call
   jmp_buf place;
@@ -63,6 +82,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   dim3 index;
   bool finished = false;
+  std::vector<Copy> copies;  // those not made yet
 };
 
 struct Warp {
@@ -121,6 +141,44 @@ inline void enter() {
 // Dynamic shared memory of the running block; filled with NaN patterns, as a GPU promises nothing either.
 inline void* dynamic_shared() { return block->shared.data() + (16 - reinterpret_cast<std::uintptr_t>(block->shared.data()) % 16) % 16; }
 
+// Starts copying 16 bytes.
+inline void copy(void* to, const void* from) {
+  if (schedule.late_copies) {
+    block->fibers[block->current].copies.push_back({to, from});
+  } else {
+    std::memcpy(to, from, 16);
+  }
+}
+
+// Makes the copies that this thread started.
+inline void finish_copies() {
+  std::vector<Copy>& copies = block->fibers[block->current].copies;
+  for (const Copy& one : copies) std::memcpy(one.to, one.from, 16);
+  copies.clear();
+}
+
+// `count` numbers from `first` on, in the order of the schedule.
+inline std::vector<int> turns(int first, int count) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), first);
+  if (schedule.order == backwards) std::reverse(order.begin(), order.end());
+  if (schedule.order == shuffled) std::shuffle(order.begin(), order.end(), schedule.random);
+  return order;
+}
+
+// Lets `count` threads from `first` on go on once each. Returns whether any came further.
+inline bool go_on(Block& now, int first, int count) {
+  now.progress = false;
+  for (int i : turns(first, count)) {
+    Fiber& fiber = now.fibers[i];
+    if (fiber.finished) continue;
+    now.current = i;
+    threadIdx = fiber.index;
+    resume(fiber);
+  }
+  return now.progress;
+}
+
 inline void run_block(Block& now, dim3 index) {
   block = &now;
   blockIdx = index;
@@ -132,29 +190,38 @@ inline void run_block(Block& now, dim3 index) {
   }
   for (Fiber& fiber : now.fibers) {
     fiber.finished = fiber.entered = false;
+    fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = stack_bytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  for (int unfinished = threads; unfinished > 0;) {
-    now.progress = false;
-    unfinished = 0;
-    for (int i = 0; i < threads; ++i) {
-      Fiber& fiber = now.fibers[i];
-      if (fiber.finished) continue;
-      now.current = i;
-      threadIdx = fiber.index;
-      resume(fiber);
-      unfinished += !fiber.finished;
-    }
-    if (unfinished > 0 && !now.progress) {
+  const auto unfinished = [&] {
+    return std::any_of(now.fibers.begin(), now.fibers.end(), [](const Fiber& fiber) { return !fiber.finished; });
+  };
+  const bool by_warp = schedule.order == by_warps || schedule.order == shuffled;
+  for (bool progress = true; unfinished();) {
+    if (!progress) {
       std::fprintf(stderr, "shim: threads wait at a barrier that others do not reach\n");
       std::abort();
     }
+    progress = false;
+    if (!by_warp) {
+      progress = go_on(now, 0, threads);
+      continue;
+    }
+    for (int number : turns(0, static_cast<int>(now.warps.size()))) {
+      const int first = number * warp_size;
+      while (go_on(now, first, std::min(warp_size, threads - first))) progress = true;
+    }
   }
   block = nullptr;
+}
+
+// For ctypes: the schedule of every launch from now on.
+extern "C" __attribute__((used)) inline void set_schedule(int order, int late_copies, unsigned seed) {
+  schedule = Schedule{order, late_copies != 0, std::mt19937(seed)};
 }
 
 // Runs `body` once for each thread of each block.

@@ -48,10 +48,10 @@ inline void copy_16_bytes(void* shared, const void* global) {
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 || reinterpret_cast<std::uintptr_t>(global) % 16) {
     throw std::runtime_error("a copy is not aligned to 16 bytes");
   }
-  std::memcpy(shared, global, 16);
+  shim::copy(shared, global);
 }
 
-inline void wait_for_copies() {}
+inline void wait_for_copies() { shim::finish_copies(); }
 
 inline std::uint32_t pack(float low, float high) {
   return __float2bfloat16(low).bits | static_cast<std::uint32_t>(__float2bfloat16(high).bits) << 16;
