@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvpeft.ops.cross_entropy_torch import RowResult, Trained
+from rwkvpeft.ops.opaque import apart
 
 _BLOCK = 4096
 # below every logit, and finite: the difference of two infinities is not a number
@@ -93,19 +94,24 @@ def _rows_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
                 tl.store(line + cols, dz.to(logits.dtype.element_ty), mask=cols < V)
 
 
-@torch.library.custom_op("rwkvpeft::cross_entropy_rows_triton", mutates_args={"logits"})
+@torch.library.custom_op(
+    "rwkvpeft::cross_entropy_rows_triton",
+    mutates_args={"logits"},
+    schema="(Tensor(a0!) logits, Tensor? labels, Tensor? weights, float smoothing, bool gradient, bool top)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+@apart
 def _launch(
     logits: Tensor, labels: Tensor | None, weights: Tensor | None, smoothing: float, gradient: bool, top: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     made = _outputs(logits, labels, weights, smoothing, gradient, top)
     vocabulary = logits.shape[1]
     if len(logits):
-        with torch.cuda.device_of(logits):
-            _rows_kernel[(len(logits),)](
-                logits, labels, weights, *made, vocabulary, smoothing,
-                GRADIENT=gradient, TOP=top, SMOOTH=smoothing != 0,
-                BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
-            )
+        _rows_kernel[(len(logits),)](
+            logits, labels, weights, *made, vocabulary, smoothing,
+            GRADIENT=gradient, TOP=top, SMOOTH=smoothing != 0,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+        )
     return made
 
 

@@ -205,9 +205,8 @@ def _forward(
     r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
     launch = _Launch.of(r, w, k, v, table, first)
     y = torch.empty_like(v)
-    with torch.cuda.device_of(v):
-        states, final = launch.scan(v, k, w, None if state is None else state.contiguous(), backward=False)
-        launch.read(r, w, k, v, u, states, y, backward=False)
+    states, final = launch.scan(v, k, w, None if state is None else state.contiguous(), backward=False)
+    launch.read(r, w, k, v, u, states, y, backward=False)
     return y, final, states
 
 
@@ -243,21 +242,20 @@ def _backward(
     r, w, k, v, u = (x.contiguous() for x in shapes)
     dy = torch.zeros_like(v) if dy is None else dy.contiguous()
     launch = _Launch.of(r, w, k, v, table, first)
-    with torch.cuda.device_of(v):
-        grads, dstate = launch.scan(dy, r, w, None if dfinal is None else dfinal.contiguous(), backward=True)
-        if not inputs:
-            return *(x.new_empty(0) for x in shapes), dstate
-        dv = torch.empty_like(v)
-        launch.read(r, w, k, dy, u, grads, dv, backward=True)
-        dr, dk = torch.empty_like(r), torch.empty_like(k)
-        parts = launch.fp32(launch.chunks, launch.heads, launch.size)
-        dw = torch.empty_like(parts) if launch.per_head else torch.empty_like(w)
-        if launch.chunks and launch.heads:
-            constants = launch.constants(_DIFFERENTIATING)
-            gradient_kernel[launch.chunks * launch.heads, launch.size // constants["KEYS"]](
-                r, w, k, v, u, dy, states, grads, table, dr, dw, dk, parts, v.shape[1], launch.per_row, launch.heads,
-                LEVELS, **constants,
-            )  # fmt: skip
+    grads, dstate = launch.scan(dy, r, w, None if dfinal is None else dfinal.contiguous(), backward=True)
+    if not inputs:
+        return *(x.new_empty(0) for x in shapes), dstate
+    dv = torch.empty_like(v)
+    launch.read(r, w, k, dy, u, grads, dv, backward=True)
+    dr, dk = torch.empty_like(r), torch.empty_like(k)
+    parts = launch.fp32(launch.chunks, launch.heads, launch.size)
+    dw = torch.empty_like(parts) if launch.per_head else torch.empty_like(w)
+    if launch.chunks and launch.heads:
+        constants = launch.constants(_DIFFERENTIATING)
+        gradient_kernel[launch.chunks * launch.heads, launch.size // constants["KEYS"]](
+            r, w, k, v, u, dy, states, grads, table, dr, dw, dk, parts, v.shape[1], launch.per_row, launch.heads,
+            LEVELS, **constants,
+        )  # fmt: skip
     if launch.per_head:
         dw = dw.sum(0).to(w.dtype)
     return dr, dw, dk, dv, parts.sum(0).to(u.dtype), dstate

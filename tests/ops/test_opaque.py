@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvpeft.ops import wkv5, wkv6, wkv7
-from rwkvpeft.ops.opaque import BODIES
+from rwkvpeft.ops.opaque import BODIES, apart
 
 OPERATORS = {"wkv5": wkv5, "wkv6": wkv6, "wkv7": wkv7}
 
@@ -65,3 +67,25 @@ def test_autocast_changes_nothing_in_an_operator(operator):
     with torch.autocast("cpu", torch.bfloat16):
         found = run(operator)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class OnSecondGpu(torch.Tensor):
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("given", [(None, OnSecondGpu()), ([None, OnSecondGpu()], torch.empty(0))])
+def test_kernels_start_on_the_gpu_that_holds_their_first_tensor(monkeypatch, given):
+    current = []
+
+    @contextmanager
+    def gpu(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", gpu)
+    assert apart(lambda *_: list(current))(*given) == [torch.device("cuda", 1)]
+
+
+def test_operators_without_any_tensor_are_computed_too():
+    assert apart(lambda *_: "computed")(None, []) == "computed"

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.contract import Norm
 from rwkvpeft.ops.block.triton_tiles import HeadTiles, head_tile, load_row, load_tile, store_row, store_tile
+from rwkvpeft.ops.opaque import apart
 
 
 @triton.jit
@@ -106,6 +107,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     mutates_args=(),
     schema="(Tensor read, Tensor gate, Tensor weight, Tensor bias, Tensor[] bonus, float eps) -> Tensor",
 )
+@apart
 def head_norm_forward(
     read: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, bonus: list[Tensor], eps: float
 ) -> Tensor:
@@ -136,6 +138,7 @@ def _(read: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, bonus: list[Tens
     schema="(Tensor read, Tensor gate, Tensor weight, Tensor bias, Tensor[] bonus, Tensor grad, float eps,"
     " bool trained) -> Tensor[]",
 )
+@apart
 def head_norm_backward(
     read: Tensor,
     gate: Tensor,

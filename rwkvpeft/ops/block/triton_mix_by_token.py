@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.triton_tiles import load_optional_row, load_row, store_row, tokens_each
+from rwkvpeft.ops.opaque import apart
 
 _BLOCK = 512
 
@@ -126,6 +127,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     mutates_args=(),
     schema="(Tensor x, Tensor? last, Tensor shares, Tensor[] mixes) -> Tensor[]",
 )
+@apart
 def mix_by_token_forward(x: Tensor, last: Tensor | None, shares: Tensor, mixes: Sequence[Tensor]) -> list[Tensor]:
     """Launch the forward kernel; all tensors contiguous, T > 0. Returns the five mixtures."""
     batch, tokens, channels = x.shape
@@ -147,6 +149,7 @@ def _(x: Tensor, last: Tensor | None, shares: Tensor, mixes: Sequence[Tensor]) -
     mutates_args=(),
     schema="(Tensor x, Tensor? last, Tensor shares, Tensor[] mixes, Tensor[] grads, bool trained) -> Tensor[]",
 )
+@apart
 def mix_by_token_backward(
     x: Tensor, last: Tensor | None, shares: Tensor, mixes: Sequence[Tensor], grads: Sequence[Tensor], trained: bool
 ) -> list[Tensor]:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.contract import Mixed, Norm
 from rwkvpeft.ops.block.triton_tiles import load_optional_row, load_row, store_row, tokens_each
+from rwkvpeft.ops.opaque import apart
 
 _MOST_MIXES = 6
 
@@ -263,6 +264,7 @@ def _warps(block: int) -> int:
     schema="(Tensor x, Tensor? update, Tensor weight, Tensor bias, Tensor? last, Tensor?[] mixes, float eps)"
     " -> Tensor[]",
 )
+@apart
 def norm_mix_forward(
     x: Tensor,
     update: Tensor | None,
@@ -316,6 +318,7 @@ def _empty_forward(x: Tensor, update: Tensor | None, mixes: Sequence[Tensor | No
     schema="(Tensor residual, Tensor stats, Tensor weight, Tensor bias, Tensor? last, Tensor?[] mixes, Tensor[] grads,"
     " Tensor? grad_residual, Tensor? grad_after, bool trained) -> Tensor[]",
 )
+@apart
 def norm_mix_backward(
     residual: Tensor,
     stats: Tensor,

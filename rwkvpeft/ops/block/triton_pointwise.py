@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.block.triton_tiles import load_row, store_row
+from rwkvpeft.ops.opaque import apart
 
 _BLOCK = 2048
 
@@ -59,6 +60,7 @@ def _grid(tensor: Tensor) -> tuple[int]:
 
 
 @torch.library.custom_op("rwkvpeft::block_squared_relu_forward", mutates_args=(), schema="(Tensor x) -> Tensor")
+@apart
 def squared_relu_forward(x: Tensor) -> Tensor:
     """Launch the forward kernel on a contiguous tensor."""
     out = torch.empty_like(x)
@@ -74,6 +76,7 @@ def _(x: Tensor) -> Tensor:
 @torch.library.custom_op(
     "rwkvpeft::block_squared_relu_backward", mutates_args=(), schema="(Tensor out, Tensor grad) -> Tensor"
 )
+@apart
 def squared_relu_backward(out: Tensor, grad: Tensor) -> Tensor:
     """Launch the backward kernel on contiguous tensors; ``out`` is the forward result."""
     grad_x = torch.empty_like(out)
@@ -89,6 +92,7 @@ def _(out: Tensor, grad: Tensor) -> Tensor:
 @torch.library.custom_op(
     "rwkvpeft::block_gate_value_forward", mutates_args=(), schema="(Tensor gate, Tensor value) -> Tensor"
 )
+@apart
 def gate_value_forward(gate: Tensor, value: Tensor) -> Tensor:
     """Launch the forward kernel on contiguous tensors."""
     out = torch.empty_like(value)
@@ -106,6 +110,7 @@ def _(gate: Tensor, value: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor gate, Tensor value, Tensor grad) -> Tensor[]",
 )
+@apart
 def gate_value_backward(gate: Tensor, value: Tensor, grad: Tensor) -> list[Tensor]:
     """Launch the backward kernel on contiguous tensors. Returns the gradients of gate and value."""
     results = [torch.empty_like(gate), torch.empty_like(value)]

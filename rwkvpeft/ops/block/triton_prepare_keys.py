@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.contract import KeyParameters, PreparedKeys
 from rwkvpeft.ops.block.triton_tiles import HeadTiles, head_tile, load_row, load_tile, store_row, store_tile
+from rwkvpeft.ops.opaque import apart
 
 # what F.normalize adds to no length, but takes for a shorter one
 _SHORTEST = tl.constexpr(1e-12)
@@ -108,6 +109,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     schema="(Tensor key, Tensor value, Tensor rate_logit, Tensor? first_value, Tensor? share_logit,"
     " Tensor[] parameters, int heads) -> Tensor[]",
 )
+@apart
 def prepare_keys_forward(
     key: Tensor,
     value: Tensor,
@@ -157,6 +159,7 @@ def _(
     schema="(Tensor key, Tensor value, Tensor rate_logit, Tensor? first_value, Tensor? share_logit,"
     " Tensor[] parameters, Tensor[] grads, int heads, bool trained) -> Tensor[]",
 )
+@apart
 def prepare_keys_backward(
     key: Tensor,
     value: Tensor,

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.contract import Backend, Supports, check_operands
+from rwkvpeft.ops.opaque import apart
 from rwkvpeft.ops.sequences import Sequences
 from rwkvpeft.ops.wkv7.triton_backward import backward
 from rwkvpeft.ops.wkv7.triton_forward import Plan, chunk_length, forward
@@ -49,7 +50,13 @@ def wkv7(
     return _Wkv7.apply(r, w, k, v, a, b, state, *tables)
 
 
-@torch.library.custom_op("rwkvpeft::wkv7_triton_forward", mutates_args=())
+@torch.library.custom_op(
+    "rwkvpeft::wkv7_triton_forward",
+    mutates_args=(),
+    schema="(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? table, Tensor? first)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+@apart
 def wkv7_triton_forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
     table: Tensor | None, first: Tensor | None,
@@ -67,7 +74,13 @@ def _(r, w, k, v, a, b, state, table, first):  # type: ignore[no-untyped-def]  #
     return y, final, plan.blocks(v, plan.size, plan.size, dtype=plan.narrow)
 
 
-@torch.library.custom_op("rwkvpeft::wkv7_triton_backward", mutates_args=())
+@torch.library.custom_op(
+    "rwkvpeft::wkv7_triton_backward",
+    mutates_args=(),
+    schema="(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor states, Tensor? dy, Tensor? dfinal,"
+    " Tensor? table, Tensor? first, bool operands) -> Tensor[]",
+)
+@apart
 def wkv7_triton_backward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, states: Tensor, dy: Tensor | None,
     dfinal: Tensor | None, table: Tensor | None, first: Tensor | None, operands: bool,
