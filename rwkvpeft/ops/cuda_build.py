@@ -47,12 +47,25 @@ SUPPORTS = Supports(
 )
 """What the sequential kernels can do."""
 
+_ALIGNMENT = 16  # bytes
+
 
 def one_dtype(*operands: Tensor) -> list[Tensor]:
     """Contiguous operands of one dtype: theirs if they agree, otherwise fp32, which holds every value of the others."""
     dtypes = {x.dtype for x in operands}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return [x.to(dtype).contiguous() for x in operands]
+
+
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, made contiguous and copied if it does not begin where kernels can read 16 bytes at once.
+
+    A parameter that shares its storage with others, as some optimizers want it, may begin anywhere.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def sources_folder() -> Path:

@@ -32,7 +32,7 @@ def read_tokens(
         operands = [rows[0], w.float().contiguous(), *rows[1:]]
     else:
         operands = cuda_build.one_dtype(r, w, k, v)
-    state = None if state is None else state.float().contiguous()
+    state = None if state is None else state.float()
     y, final = _Diagonal.apply(*operands, u.float().contiguous(), state, keep)
     return y.to(v.dtype), final
 
@@ -44,7 +44,7 @@ def _forward(
     results = _forward_sizes(r, w, k, v, u, state, keep)
     kernels = cuda_build.extension()
     run = kernels.wkv5_forward if w.dim() == 2 else kernels.wkv6_forward
-    run(r, w, k, v, u, state, results[0], results[1], results[2] if keep else None)
+    run(r, w, k, v, u, cuda_build.aligned(state), results[0], results[1], results[2] if keep else None)
     return results
 
 
@@ -75,7 +75,7 @@ def _backward(
         grads = [torch.empty_like(r), dw, torch.empty_like(k), torch.empty_like(v), du]
     scratch = None if state_alone else u.new_empty((batch, heads, _ASIDE, size, size))
     dy = None if dy is None else dy.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
+    dfinal = cuda_build.aligned(dfinal)
     kernels = cuda_build.extension()
     run = kernels.wkv5_backward if constant else kernels.wkv6_backward
     run(*operands, checkpoints, dy, dfinal, grads, scratch, dstate)

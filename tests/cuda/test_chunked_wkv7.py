@@ -161,6 +161,19 @@ def test_two_runs_agree_to_the_bit():
     assert all(torch.equal(found, other[name]) for name, found in one.items())
 
 
+def test_tensors_may_begin_at_any_byte():
+    def moved(x):
+        return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view(x.shape).requires_grad_()
+
+    operands, state, upstream = _inputs(1, 33, 1), _state(1, 1), _upstream(1, 33, 1)
+    where = {name: moved(x) for name, x in operands.items()}
+    expected = _results(lambda x, s: _chunked(x, s), operands, state, *upstream)
+    y, final = _chunked(where, moved_state := moved(state))
+    inputs = [*where.values(), moved_state]
+    found = torch.autograd.grad([y, final], inputs, [moved(x).detach() for x in upstream])
+    assert all(torch.equal(*both) for both in zip([y, final, *found], expected.values(), strict=True))
+
+
 @pytest.mark.parametrize("order", on_cpu.ORDERS.values(), ids=on_cpu.ORDERS)
 @pytest.mark.parametrize("lengths", [None, [21, 0, 44]])
 def test_the_order_of_threads_changes_no_bit(library, order, lengths):

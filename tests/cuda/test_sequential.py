@@ -183,6 +183,21 @@ def test_operands_may_lie_in_any_order_and_the_state_be_one_for_all(operator):
 
 
 @operators
+def test_a_state_and_its_gradient_may_begin_at_any_byte(operator):
+    def moved(x):
+        return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view(x.shape)
+
+    given = operands(operator)
+    where = {name: moved(x).requires_grad_() if name == "state" else x for name, x in given.items()}
+    results_of = [KERNELS[operator][0](**each) for each in (given, where)]
+    upstream = torch.randn_like(results_of[0][1])
+    grads = [torch.autograd.grad(final, each["state"], grad)[0]
+             for (_, final), each, grad in zip(results_of, (given, where), (upstream, moved(upstream)), strict=True)]
+    assert torch.equal(results_of[0][1], results_of[1][1])
+    assert torch.equal(*grads)
+
+
+@operators
 def test_two_runs_are_bitwise_equal(operator):
     given = operands(operator, replace(SMALL, batch=2))
     first, second = (results(KERNELS[operator][0], given) for _ in range(2))

@@ -21,7 +21,6 @@ from rwkvpeft.ops.sequences import Sequences
 CHUNK = 16
 """``WKV7_CHUNK`` of the kernels."""
 _HEAD_SIZE = 64
-_ALIGNMENT = 16  # bytes; the kernels copy as many at once
 _BF16_PRODUCTS = (8, 0)  # the first compute capability with them
 
 
@@ -43,13 +42,8 @@ def run(operands: list[Tensor], state: Tensor | None, sequences: Sequences | Non
     """
     keep = wants_grad(*operands, state)
     tables = None if sequences is None else sequences.chunk_tables(CHUNK, operands[0].device)
-    state = None if state is None else state.float().contiguous()
-    return _ChunkedWkv7.apply(*map(_aligned, operands), state, *(tables or (None, None)), keep)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % _ALIGNMENT else tensor
+    state = None if state is None else state.float()
+    return _ChunkedWkv7.apply(*(x.contiguous() for x in operands), state, *(tables or (None, None)), keep)
 
 
 def _forward(
@@ -59,9 +53,8 @@ def _forward(
     """y, the final state, and with ``keep`` the states before chunks, each times a decay and in an order of its own."""
     results = _forward_sizes(r, w, k, v, a, b, state, chunks, first, keep)
     kept = results[2] if keep else None
-    cuda_build.extension().wkv7_chunked_forward(
-        r, w, k, v, a, b, state, results[0], results[1], kept, chunks, first
-    )
+    given = map(cuda_build.aligned, (r, w, k, v, a, b, state))
+    cuda_build.extension().wkv7_chunked_forward(*given, results[0], results[1], kept, chunks, first)
     return results
 
 
@@ -83,11 +76,10 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of r, w, k, v, a, b unless ``state_alone``, and of the states if there are any."""
     grads = _backward_sizes(dy, dfinal, operands, kept, chunks, first, has_state, state_alone)
-    dy = None if dy is None else _aligned(dy)
-    dfinal = None if dfinal is None else dfinal.contiguous()
     dstate = grads[-1] if has_state else None
     of_operands = [] if state_alone else grads[:6]
-    cuda_build.extension().wkv7_chunked_backward(*operands, kept, dy, dfinal, of_operands, dstate, chunks, first)
+    given = map(cuda_build.aligned, (*operands, kept, dy, dfinal))
+    cuda_build.extension().wkv7_chunked_backward(*given, of_operands, dstate, chunks, first)
     return grads
 
 

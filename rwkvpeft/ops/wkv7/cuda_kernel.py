@@ -40,7 +40,7 @@ def _rows(
     check_operands("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, {}, state)
     keep = wants_grad(r, w, k, v, a, b, state)
     operands = cuda_build.one_dtype(r, w, k, v, a, b)
-    y, final = _Wkv7.apply(*operands, None if state is None else state.float().contiguous(), keep)
+    y, final = _Wkv7.apply(*operands, None if state is None else state.float(), keep)
     return y.to(v.dtype), final
 
 
@@ -54,6 +54,7 @@ def _forward(
     """y, the final state, and with ``keep`` the states before segments and what tokens removed."""
     results = _forward_sizes(r, w, k, v, a, b, state, keep)
     kept = results[2:] if keep else [None, None]
+    state = cuda_build.aligned(state)
     cuda_build.extension().wkv7_forward(r, w, k, v, a, b, state, results[0], results[1], *kept)
     return results
 
@@ -77,7 +78,7 @@ def _backward(
     """Gradients of r, w, k, v, a, b unless ``state_alone``, and of the state if there is one."""
     grads = _backward_sizes(dy, dfinal, operands, kept, has_state, state_alone)
     dy = None if dy is None else dy.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
+    dfinal = cuda_build.aligned(dfinal)
     dstate = grads[-1] if has_state else None
     of_operands = [] if state_alone else grads[:6]
     cuda_build.extension().wkv7_backward(*operands, *kept, dy, dfinal, of_operands, dstate)
