@@ -74,4 +74,4 @@ def fits(need: int, free: int, device_type: str) -> bool:
 
 
 def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -19,10 +19,9 @@ from rwkvpeft.ops.trial import COARSE
 from rwkvpeft.registry import BACKENDS, find
 
 _PORTABLE = ("torch", "reference")
-"""Written in PyTorch alone: the truth of every trial, so that they take none themselves."""
+"""Written in PyTorch alone, for any device: the truth of every trial, so that they take none themselves. The others run
+on GPUs, and nothing of them is imported for a run elsewhere."""
 _FOR_CHECKING = "reference"
-_GPU_PROGRAMS = ("cuda", "triton", "fla")
-"""Run on GPUs alone: nothing of them is imported for a run elsewhere. An operator may lack some."""
 _FEW_TOKENS = 16
 """A chunk of most kernels: where T is no longer, going through it token by token costs least."""
 
@@ -111,7 +110,7 @@ def _look_up(operator: str, needs: Needs) -> _Field:
     """Every backend of the operator's row that can be imported and says that it can."""
     found = _Field(operator)
     for name in BACKENDS[operator]:
-        if name in _GPU_PROGRAMS and needs.device_type in ("cpu", "mps"):
+        if name not in _PORTABLE and needs.device_type in ("cpu", "mps"):
             found.objections[name] = f"device {needs.device_type}"
             continue
         try:
@@ -188,10 +187,7 @@ def _passes(found: _Field, name: str, needs: Needs, bench: Bench) -> bool:
 
 
 def _refuse_unknown(op: str, found: _Field) -> None:
-    what = f"--op does not know {op!r}"
-    if op in _GPU_PROGRAMS:
-        what = f"--op {op} cannot run: there is no {op} program for {found.operator} in this version"
-    raise UserError(what, found=op, expected=["auto", *found.backends], fix="--op auto")
+    raise UserError(f"--op does not know {op!r}", found=op, expected=["auto", *found.backends], fix="--op auto")
 
 
 def _choice(found: _Field, name: str, why: str) -> Choice:
@@ -212,5 +208,5 @@ def _report(found: _Field, name: str, why: str) -> str:
     else:
         said.append(why or found.backends[name].summary)
     short = [f"{other} {reason.partition(':')[0]}" for other, reason in found.objections.items()
-             if other in _GPU_PROGRAMS and reason.startswith(("failed", "not built"))]
+             if reason.startswith(("failed", "not built"))]
     return "; ".join([", ".join(said), *short])

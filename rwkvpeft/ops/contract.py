@@ -44,6 +44,16 @@ class Needs:
         return self.batch * self.heads
 
 
+_PRECISIONS = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"
+}
+
+
+def _word(value: object) -> str:
+    """As on the command line."""
+    return _PRECISIONS.get(value, str(value)) if isinstance(value, torch.dtype) else str(value)
+
+
 @dataclass(frozen=True)
 class Supports:
     """What a backend can do; None means no restriction."""
@@ -61,7 +71,7 @@ class Supports:
             ("head size", needs.head_size, self.head_sizes),
         )
         found = [
-            f"{what} {value} (it can {', '.join(sorted(str(item) for item in allowed))})"
+            f"{what} {_word(value)} (it can {', '.join(sorted(map(_word, allowed)))})"
             for what, value, allowed in asked
             if allowed is not None and value not in allowed
         ]

@@ -29,7 +29,7 @@ def backend(name, **supports):
     return Backend(name, "for this test", lambda **_: None, Supports(**supports))
 
 
-FUSSY = backend("fussy", device_types=frozenset({"cuda"}), head_sizes=frozenset({64}))
+FUSSY = backend("fussy", dtypes=frozenset({torch.float16, torch.float32}), head_sizes=frozenset({64}))
 TRITON = backend("triton")
 CUDA = backend("cuda")
 UNBUILT = dataclasses.replace(CUDA, waits_for=lambda: "not built: --op cuda builds it")
@@ -94,12 +94,6 @@ def test_a_gpu_program_is_refused_on_a_cpu_with_the_reason_and_what_works(op, ro
     assert "auto, torch, reference" in str(caught.value)
 
 
-def test_a_program_an_operator_lacks_is_refused_by_saying_so(row):
-    row()
-    with pytest.raises(UserError, match="--op cuda cannot run: there is no cuda program for wkv7"):
-        choose_backend("wkv7", "cuda", NEEDS)
-
-
 def test_an_unknown_name_is_refused_with_the_names_that_work():
     with pytest.raises(UserError, match="does not know 'torhc'") as caught:
         choose_backend("wkv7", "torhc", NEEDS)
@@ -108,16 +102,17 @@ def test_an_unknown_name_is_refused_with_the_names_that_work():
 
 def test_auto_passes_over_what_cannot_serve_and_lists_each_reason(row):
     row(fussy="FUSSY")
-    choice = choose_backend("wkv7", "auto", dataclasses.replace(NEEDS, head_size=32))
+    gpu = Gpu(times={"torch": 3.4})
+    choice = choose_backend("wkv7", "auto", dataclasses.replace(ON_GPU, head_size=32), gpu.bench)
     assert choice.report.startswith("wkv7 by torch")
-    assert "wkv7 by fussy: device cpu (it can cuda), head size 32 (it can 64)" in choice.listing
+    assert "wkv7 by fussy: precision bf16 (it can fp16, fp32), head size 32 (it can 64)" in choice.listing
 
 
 def test_a_backend_that_cannot_serve_is_refused_with_its_limits(row):
     row(fussy="FUSSY")
     with pytest.raises(UserError, match="--op fussy cannot run this job") as caught:
-        choose_backend("wkv7", "fussy", NEEDS)
-    assert "device cpu (it can cuda)" in str(caught.value)
+        choose_backend("wkv7", "fussy", ON_GPU, Gpu().bench)
+    assert "precision bf16 (it can fp16, fp32)" in str(caught.value)
     assert "auto, torch, reference" in str(caught.value)
 
 
