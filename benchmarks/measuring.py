@@ -22,7 +22,7 @@ _MOST_INNER = 50
 
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        getattr(torch, device.type).synchronize()
 
 
 def fastest(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 5) -> dict[str, float]:

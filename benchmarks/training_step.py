@@ -47,7 +47,15 @@ from rwkvpeft.ops.cross_entropy import linear_cross_entropy
 from rwkvpeft.registry import MODELS, find
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_aten = torch.ops.aten
+# what is timed for each: the same product, without writing to what is given
+PRODUCTS = {
+    _aten.mm.default: _aten.mm.default,
+    _aten.mm.out: _aten.mm.default,
+    _aten.addmm.default: _aten.addmm.default,
+    _aten.addmm_.default: _aten.addmm.default,
+    _aten.bmm.default: _aten.bmm.default,
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -60,7 +68,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in PRODUCTS and not self.inside_operator:
-            self.products.append((func, [(tuple(t.shape), t.stride(), t.dtype) for t in args if isinstance(t, Tensor)]))
+            tensors = [(tuple(t.shape), t.stride(), t.dtype) for t in args if isinstance(t, Tensor)]
+            self.products.append((PRODUCTS[func], tensors))
         return func(*args, **(kwargs or {}))
 
 
