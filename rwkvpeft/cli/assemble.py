@@ -50,14 +50,16 @@ from rwkvpeft.ops.block.contract import BlockOps
 from rwkvpeft.ops.block.plain import PLAIN
 from rwkvpeft.ops.choose import Choice, choose_backend
 from rwkvpeft.ops.contract import Backend, Needs
+from rwkvpeft.ops.cross_entropy import RowChoice
+from rwkvpeft.ops.cross_entropy_choose import RowsChoice, choose_rows
 from rwkvpeft.registry import BACKENDS, BLOCK_OPS, find
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
 
 # settings that change what an adapter's tensors compute and that the tensors do not tell
 _SCALES = ("lora_alpha", "use_rslora")
 
-# names of the block's operators by --fused_kernel
-_BLOCK_OPS = {None: "auto", True: "triton", False: "torch"}
+# names of the block's operators, and of the loss's program, by --fused_kernel
+_FUSED: dict[bool | None, RowChoice] = {None: "auto", True: "triton", False: "torch"}
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,16 @@ def open_base(config: ModelConfig) -> Base:
 
 
 class Chosen(NamedTuple):
-    """The programs of a run: of the WKV recurrence, and of what else a block computes beside its products."""
+    """The programs of a run: of the WKV recurrence, of what else a block computes beside its products, of the loss."""
 
     wkv: Choice
     block: BlockChoice
+    rows: RowsChoice
+
+    @property
+    def rest(self) -> str:
+        """All but the recurrence, for the start report."""
+        return f"{self.block.report}; loss: {self.rows.report}"
 
 
 def choose_programs(shape: ModelShape, config: TrainConfig) -> tuple[Chosen, list[str]]:
@@ -147,9 +155,10 @@ def choose_programs(shape: ModelShape, config: TrainConfig) -> tuple[Chosen, lis
             remarks.append(f"--fla: {reason.what} ({reason.found}); what --op auto takes is used instead")
     choice = choice or choose_backend(operator, runtime.op, needs, bench)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        block = choose_block_ops(_BLOCK_OPS[runtime.fused_kernel], needs)
-    listing = [*choice.listing, *block.listing] if runtime.debug else []
-    return Chosen(choice, block), [*remarks, *listing]
+        block = choose_block_ops(_FUSED[runtime.fused_kernel], needs)
+        rows = choose_rows(_FUSED[runtime.fused_kernel], needs, device)
+    listing = [*choice.listing, *block.listing, *rows.listing] if runtime.debug else []
+    return Chosen(choice, block, rows), [*remarks, *listing]
 
 
 def likely_programs(shape: ModelShape, config: TrainConfig, device_type: str) -> Programs:

@@ -61,7 +61,7 @@ def _plan(words: list[str]) -> int:
         from rwkvpeft.cli.assemble import choose_programs
 
         chosen, more = choose_programs(shape, config)
-        print("\n".join([f"operator: {chosen.wkv.report}", f"rest of a block: {chosen.block.report}", *more]))
+        print("\n".join([f"operator: {chosen.wkv.report}", f"rest of a block: {chosen.rest}", *more]))
     return 0
 
 

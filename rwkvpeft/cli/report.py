@@ -31,7 +31,7 @@ def start_lines(
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
         f"strategy {runtime.strategy}",
         f"operator: {chosen.wkv.report}",
-        f"rest of a block: {chosen.block.report}",
+        f"rest of a block: {chosen.rest}",
         f"computed twice: {recompute.report}",
         f"output: {config.output.proj_dir}",
     ]

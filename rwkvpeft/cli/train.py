@@ -87,7 +87,8 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     if _is_first_process():
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", config)
-    result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say)
+    result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
+                 loss_rows=chosen.rows.program)
     for line in report.end_lines(config, base, result):
         _say(line)
     return 0

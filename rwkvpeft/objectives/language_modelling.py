@@ -10,7 +10,8 @@ from torch import Tensor
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.layers import Linear
 from rwkvpeft.objectives.base import Loss
-from rwkvpeft.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
+from rwkvpeft.ops.cross_entropy import RowChoice, head_cross_entropy, linear_cross_entropy
+from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.quantization.linear import QuantizedLinear
 
 
@@ -22,11 +23,13 @@ class LanguageModelling:
         logit_penalty: strength of L2Wrap; 0 for none.
         chunk_rows: rows of logits that exist at once; None is 512 on a GPU, 256 on a CPU.
         compact: leave out rows without weight, for which the processor waits for the device.
+        rows: what works on rows of logits, unless the head is more than a matrix.
     """
 
     logit_penalty: float = 0.0
     chunk_rows: int | None = None
     compact: bool = True
+    rows: RowChoice | RowProgram = "auto"
 
     def __call__(self, model: Any, batch: TokenBatch, normaliser: Tensor | None = None) -> Loss:
         """Run the model's ``hidden`` on ``batch.input_ids`` and compare with ``batch.labels``.
@@ -49,7 +52,7 @@ class LanguageModelling:
         if isinstance(head, Linear | QuantizedLinear):
             # a dequantised head lives until the loss is there: its gradients are worked out with it
             weight = head.weight if isinstance(head, Linear) else head.dequantized(hidden.dtype)
-            total = linear_cross_entropy(hidden, weight, batch.labels, batch.weights, **settings)
+            total = linear_cross_entropy(hidden, weight, batch.labels, batch.weights, rows=self.rows, **settings)
         else:
             total = head_cross_entropy(hidden, head, batch.labels, batch.weights, **settings)
         return Loss(total, tokens, {})

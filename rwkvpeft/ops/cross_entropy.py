@@ -58,7 +58,8 @@ class _Rows(NamedTuple):
 def row_program(choice: RowChoice, logits: Tensor) -> RowProgram:
     """What works on rows of logits such as ``logits``, of which only device and dtype are looked at.
 
-    ``auto`` is Triton on a GPU that has it, for the dtypes it computes in; else PyTorch.
+    ``auto`` is Triton on a GPU that has it, for the dtypes it computes in; else PyTorch. Nothing is tried: a run hands
+    over what ``cross_entropy_choose.py`` has found.
 
     Raises: ContractError for Triton where it is not installed or for fp64.
     """
@@ -88,7 +89,7 @@ def linear_cross_entropy(
     chunk_rows: int,
     label_smoothing: float = 0.0,
     compact: bool = True,
-    rows: RowChoice = "auto",
+    rows: RowChoice | RowProgram = "auto",
 ) -> Tensor:
     """Weighted cross entropy of ``hidden @ head_weight.T`` without ever holding all logits.
 
@@ -103,7 +104,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target that is spread over the vocabulary.
         compact: leave out rows of weight 0, which then cost nothing, or with a penalty half. Their number must be
             known for that, so that the processor waits for the device; False never waits, and computes all rows.
-        rows: which program works on rows of logits; see ``row_program``.
+        rows: the program that works on rows of logits, or which; see ``row_program``.
     Returns: (), fp32 (fp64 for fp64 inputs).
     Source: ``RWKV-v7/train_temp`` of BlinkDL/RWKV-LM for the penalty.
     """
@@ -114,7 +115,8 @@ def linear_cross_entropy(
     normaliser = normaliser.to(device=hidden.device, dtype=dtype)
     labels = labels.reshape(-1)
     flat = hidden.reshape(-1, channels)
-    way = _Way(chunk_rows, compact, row_program(rows, hidden))
+    program = row_program(rows, hidden) if isinstance(rows, str) else rows
+    way = _Way(chunk_rows, compact, program)
     if wants_gradient:
         loss: Tensor = _LinearCrossEntropy.apply(
             flat, head_weight, labels, weights, normaliser, logit_penalty, label_smoothing, way

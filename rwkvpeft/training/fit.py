@@ -24,6 +24,8 @@ from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.ops.cross_entropy import RowChoice
+from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
@@ -58,6 +60,7 @@ def fit(
     config: TrainConfig,
     recipe: Recipe,
     report: Callable[[str], None],
+    loss_rows: RowChoice | RowProgram = "auto",
 ) -> FitResult:
     """Train ``model`` in place, from the newest resume point if the settings say so.
 
@@ -67,6 +70,7 @@ def fit(
         config: resolved settings.
         recipe: of the checkpoints to write; step, epoch and loss are filled in.
         report: takes each line of text for the user.
+        loss_rows: what works on the loss's rows of logits.
     Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
         training diverges, or a file cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
@@ -91,7 +95,7 @@ def fit(
     module = RwkvModule(
         model.train(),
         # to count the rows that are trained would make the processor wait, which no recording can
-        LanguageModelling(logit_penalty=config.optimizer.logit_penalty, compact=graphs is None),
+        LanguageModelling(config.optimizer.logit_penalty, compact=graphs is None, rows=loss_rows),
         schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps, keeps_rate=keeps_rate),
         optimizer=config.optimizer,
         plan=plan,

@@ -208,7 +208,7 @@ def test_what_is_computed_twice_is_what_was_asked_for(train, grad_cp, what):
 
 def test_fused_kernels_that_cannot_run_are_an_error_when_asked_for_and_no_word_otherwise(train):
     _, output, _ = train("--peft", "lora")
-    assert "rest of a block: plain PyTorch\n" in output
+    assert "rest of a block: plain PyTorch; loss: PyTorch\n" in output
     code, _, errors = train("--peft", "lora", "--fused_kernel")
     assert code == 2
     assert "--fused_kernel cannot run this job" in errors
