@@ -60,10 +60,10 @@ def with_shard(base: nn.Linear, x: Tensor, shard: Tensor) -> Tensor:
 class _WithLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, base: nn.Linear) -> Tensor:
-        y = _own_output(base, x)
+        y: Tensor = base(x)
         with _without_autocast(x):
             thin = _rows(x, y.dtype) @ lora_a.to(y.dtype).T
-            _rows_of(y).addmm_(thin, _scaled(lora_b, scaling, y.dtype).T)
+            y = _with_product(y, thin, _scaled(lora_b, scaling, y.dtype).T)
         wants_a, wants_b = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(x if wants_a else None, thin if wants_b else None, lora_a, lora_b)
         ctx.set_materialize_grads(False)
@@ -97,14 +97,14 @@ class _WithLora(torch.autograd.Function):
 class _WithShard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Tensor, base: nn.Linear) -> Tensor:
-        y = _own_output(base, x)
+        y: Tensor = base(x)
         rank, columns = shard.shape
         with _without_autocast(x):
             folded = fold(_rows(x, y.dtype), rank)
             if columns == y.shape[-1]:
-                _rows_of(y).addmm_(folded, shard.to(y.dtype))
+                y = _with_product(y, folded, shard.to(y.dtype))
             else:
-                _rows_of(y).unflatten(1, (-1, columns)).add_((folded @ shard.to(y.dtype))[:, None])
+                y = _with_repeated(y, folded @ shard.to(y.dtype))
         ctx.save_for_backward(folded if ctx.needs_input_grad[1] else None, shard)
         ctx.set_materialize_grads(False)
         ctx.base, ctx.dtype = base, x.dtype
@@ -150,15 +150,28 @@ def _add_unfolded(x: Tensor, sums: Tensor) -> None:
         x[:, whole:].add_(sums[:, : x.shape[1] - whole])
 
 
-def _own_output(base: nn.Linear, x: Tensor) -> Tensor:
-    """``base(x)``, to be written to.
+def _with_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``y`` (..., out) + ``left`` (R, k) ``right`` (k, out), in the place of ``y`` where nobody else has it."""
+    if _is_watched():
+        return torch.addmm(_rows_of(y), left, right).view(y.shape)
+    _rows_of(y).addmm_(left, right)
+    return y
 
-    Selective checkpointing watches every operator and keeps the very tensor that the product returned, which must
-    not change then.
-    """
-    y: Tensor = base(x)
-    watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    return y.clone() if watched else y
+
+def _with_repeated(y: Tensor, sums: Tensor) -> Tensor:
+    """``y`` (..., out) + ``sums`` (R, columns) repeated over the outputs, in the place of ``y`` where nobody else has
+    it."""
+    groups = _rows_of(y).unflatten(1, (-1, sums.shape[1]))
+    if _is_watched():
+        return (groups + sums[:, None]).view(y.shape)
+    groups.add_(sums[:, None])
+    return y
+
+
+def _is_watched() -> bool:
+    """Whether something watches every operator: selective checkpointing keeps the very tensor that a product returned,
+    which must not change then."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _through_base(base: nn.Linear, grad: Tensor) -> Tensor:
