@@ -153,7 +153,7 @@ def _add_unfolded(x: Tensor, sums: Tensor) -> None:
 def _with_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``y`` (..., out) + ``left`` (R, k) ``right`` (k, out), in the place of ``y`` where nobody else has it."""
     if _is_watched():
-        return torch.addmm(_rows_of(y), left, right).view(y.shape)
+        return _shaped(torch.addmm(_rows_of(y), left, right), y)
     _rows_of(y).addmm_(left, right)
     return y
 
@@ -163,9 +163,14 @@ def _with_repeated(y: Tensor, sums: Tensor) -> Tensor:
     it."""
     groups = _rows_of(y).unflatten(1, (-1, sums.shape[1]))
     if _is_watched():
-        return (groups + sums[:, None]).view(y.shape)
+        return _shaped(groups + sums[:, None], y)
     groups.add_(sums[:, None])
     return y
+
+
+def _shaped(made: Tensor, y: Tensor) -> Tensor:
+    """``made``, which nobody else has, in the shape of ``y``: no view, so that what comes after may write to it."""
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(made, y.shape))
 
 
 def _is_watched() -> bool:

@@ -187,12 +187,15 @@ def test_checkpointing_changes_nothing(make, base, selective):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("make", [lora, miss])
-def test_what_comes_after_may_write_to_the_output(make):
+@pytest.mark.parametrize("make", [lora, miss, mini_miss])
+@pytest.mark.parametrize("selective", [False, True])
+def test_what_comes_after_may_write_to_the_output(make, selective):
     layer = make(plain_base(torch.float32))
     x = torch.randn(2, 3, IN, requires_grad=True)
     expected = torch.autograd.grad(F.relu(layer(x)).sum(), x)
-    torch.testing.assert_close(torch.autograd.grad(F.relu_(layer(x)).sum(), x), expected)
+    again = {"context_fn": lambda: create_selective_checkpoint_contexts(keeps)} if selective else {}
+    ours = checkpoint(lambda x: F.relu_(layer(x)), x, use_reentrant=False, **again)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), x), expected)
 
 
 @pytest.mark.parametrize("make", [lora, miss])
