@@ -13,7 +13,12 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, MODE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Matrix product accumulated in fp32, the operands rounded as ``MODE`` says (see ``dot_mode``)."""
+    """Matrix product accumulated in fp32, the operands rounded as ``MODE`` says (see ``dot_mode``).
+
+    ``a`` must not be the transposed or reshaped result of a product if four warps or more share 64 rows: on Hopper
+    several versions of Triton, 3.2 to 3.7, then compute wrong (triton-lang/triton issue 6124,
+    fla-org/flash-linear-attention issues 640 and 984).
+    """
     if MODE == "bf16":
         product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     elif MODE == "fp16":
@@ -40,6 +45,14 @@ def rounded(x, MODE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN
 def interpreted() -> bool:
     """Whether this process interprets Triton's kernels on a CPU instead of compiling them."""
     return not isinstance(dot, triton.JITFunction)
+
+
+def capability() -> int:
+    """Ten times the compute capability of the current NVIDIA GPU, 0 where there is none."""
+    if interpreted():
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
 def dot_mode(dtype: torch.dtype) -> str:
@@ -110,4 +123,11 @@ def load_block(pointer, block, R: tl.constexpr, C: tl.constexpr):  # type: ignor
 def store_block(pointer, values, block, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Write what ``load_block`` reads, in the dtype of ``pointer``."""
     place = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(pointer + block * (R * C) + place, values.to(pointer.dtype.element_ty))
+
+
+@triton.jit
+def store_transposed(pointer, values, block, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Write a transposed matrix, (C, R), as ``store_block`` writes it."""
+    place = tl.arange(0, R)[None, :] * C + tl.arange(0, C)[:, None]
     tl.store(pointer + block * (R * C) + place, values.to(pointer.dtype.element_ty))

@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvpeft.ops.triton_tools import (
+    capability,
     dot,
-    interpreted,
     load_block,
     load_tokens,
     place_of_chunk,
     store_block,
     store_tokens,
+    store_transposed,
 )
 from rwkvpeft.ops.wkv7.triton_forward import Operands, Plan, launch_scan
 from rwkvpeft.ops.wkv7.triton_parts import STRONGEST, chunk_decays, seeing, seen
@@ -35,7 +36,7 @@ def chunk_gradient_maps(  # type: ignore[no-untyped-def]  # noqa: ANN201
     first, count = place_of_chunk(table, chunk, tokens, per_row, L, PACKED)
     block = chunk.to(tl.int64) * heads + head
     W = dot(load_block(M, block, L, L), load_block(A, block, L, N), MODE)
-    store_block(E, dot(tl.trans(W), load_block(B, block, L, N), MODE), block, N, N)
+    store_transposed(E, dot(tl.trans(load_block(B, block, L, N)), W, MODE), block, N, N)
     receptance = load_block(R, block, L, N)
     A_rb = seen(dot(receptance, tl.trans(load_block(B, block, L, N)), MODE), L, False)
     queries = receptance.to(tl.float32) + dot(A_rb, W, MODE)
@@ -202,7 +203,4 @@ def backward(
 
 def _warps(size: int) -> int:
     """Warps of a program; the data centre's Blackwell needs more registers for the same products."""
-    if interpreted():
-        return 4
-    target = triton.runtime.driver.active.get_current_target()
-    return 8 if size > 64 or (target.backend == "cuda" and target.arch // 10 == 10) else 4
+    return 8 if size > 64 or capability() // 10 == 10 else 4

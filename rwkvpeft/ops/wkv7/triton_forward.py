@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkvpeft.ops.triton_tools import (
+    capability,
     chunks_of_sequence,
     dot,
     dot_mode,
@@ -27,6 +28,7 @@ from rwkvpeft.ops.triton_tools import (
     place_of_chunk,
     store_block,
     store_tokens,
+    store_transposed,
 )
 from rwkvpeft.ops.wkv7.triton_parts import chunk_decays, inverse, seen
 
@@ -151,7 +153,7 @@ def chunk_maps(  # type: ignore[no-untyped-def]  # noqa: ANN201
     # operands are loaded anew after a store: kept in registers from product to product they would not fit
     if tl.program_id(2) == 0:
         W = dot(solved, removal, MODE)
-        store_block(E, dot(tl.trans(W), load_block(B, block, L, N), MODE), block, N, N)
+        store_transposed(E, dot(tl.trans(load_block(B, block, L, N)), W, MODE), block, N, N)
         receptance = load_block(R, block, L, N)
         A_rb = seen(dot(receptance, tl.trans(load_block(B, block, L, N)), MODE), L, False)
         store_block(Q, receptance.to(tl.float32) + dot(A_rb, W, MODE), block, L, N)
@@ -159,8 +161,8 @@ def chunk_maps(  # type: ignore[no-untyped-def]  # noqa: ANN201
         key = load_block(K, block, L, N)
         value = load_tokens(v, first, count, head, heads, L, N).to(key.dtype)
         U = dot(solved, dot(seen(dot(removal, tl.trans(key), MODE), L, True), value, MODE), MODE).to(key.dtype)
-        added = dot(tl.trans(value), key, MODE) + dot(tl.trans(U), load_block(B, block, L, N), MODE)
-        store_block(C, added, block, N, N)
+        added = dot(tl.trans(key), value, MODE) + dot(tl.trans(load_block(B, block, L, N)), U, MODE)
+        store_transposed(C, added, block, N, N)
         receptance = load_block(R, block, L, N)
         A_rb = seen(dot(receptance, tl.trans(load_block(B, block, L, N)), MODE), L, False)
         read = dot(A_rb, U, MODE)
@@ -237,9 +239,11 @@ class Operands:
         inverses = plan.blocks(r, length, length, dtype=plan.narrow)
         start, end = plan.blocks(r, size), plan.blocks(r, size)
         fine, coarse = plan.inverse_modes
+        # Triton for Hopper multiplies reshaped products wrongly where four warps share 64 rows, see ``dot``
+        warps = 2 if length >= 64 and capability() // 10 == 9 else 4
         chunk_operands[plan.grid(1)](
             r, w, k, a, b, table, R, A, K, B, inverses, start, end, *plan.places,
-            **plan.shape, FINE=fine, COARSE=coarse, num_warps=4, num_stages=1,
+            **plan.shape, FINE=fine, COARSE=coarse, num_warps=warps, num_stages=1,
         )
         return cls(R, A, K, B, inverses, start, end)
 
