@@ -169,7 +169,7 @@ def likely_programs(shape: ModelShape, config: TrainConfig, device_type: str) ->
     needs = Needs(device_type, COMPUTE_DTYPES[runtime.precision or "fp32"], shape.head_size, training=True)
     kernel: Backend = find(BACKENDS[operator], "triton", flag="--op")
     block: BlockOps = find(BLOCK_OPS, "triton", flag="--fused_kernel")
-    takes_kernel = runtime.op in ("auto", "triton") and not kernel.supports.objections(needs)
+    takes_kernel = runtime.op in ("auto", "triton", "fla") and not kernel.supports.objections(needs)
     takes_block = runtime.fused_kernel is not False and not block.supports.objections(needs)
     return Programs(kernel.run if takes_kernel else None, block if takes_block else PLAIN)
 
@@ -231,10 +231,16 @@ def choose_recompute(base: Base, config: TrainConfig, chosen: Chosen) -> LevelCh
 
 def _expect_levels(base: Base, config: TrainConfig, programs: Programs) -> dict[str, Expected]:
     adapter = partial(make_adapter, config.method)
-    try:
-        return expect_levels(base.shape, config, adapter, base.packed, programs)
-    except Exception:  # noqa: BLE001 a package's program may fail in any way without data; the plain ones need more
-        pass
+
+    def stand_in() -> Programs:
+        return likely_programs(base.shape, config, local_device(config.runtime).type)._replace(block=programs.block)
+
+    # a package's program may fail in any way without data: then our kernel stands for it; the plain one needs more
+    for computing in (lambda: programs, stand_in):
+        try:
+            return expect_levels(base.shape, config, adapter, base.packed, computing())
+        except Exception:  # noqa: BLE001
+            continue
     try:
         return expect_levels(base.shape, config, adapter, base.packed)
     except NoOutline:

@@ -4,6 +4,9 @@ What differs there: a state is (S, H, N keys, N values) where ours is (S, H, N v
 their logarithms; a packed row is told by the offsets of its sequences, none of them empty; activations are 16-bit and
 all of one dtype.
 
+Its kernels run under autograd functions of its own, so that ``--grad_cp selective`` computes their forward pass twice,
+and they need data: memory is predicted as for our Triton kernels.
+
 Source: the naive recurrences beside its kernels, fla/ops/generalized_delta_rule/dplr/naive.py and
 fla/ops/rwkv6/recurrent_naive.py, whose query is multiplied by the ``scale`` that we give as 1.
 """
