@@ -11,6 +11,7 @@ first tenth of the steps, where the loss falls steeply and rounding alone moves 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=256)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--fused_kernel", nargs="+", default=["auto"], choices=["auto", "true", "false"])
+    parser.add_argument("--cuda_graph", nargs="+", default=["false"], choices=["true", "false"])
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", default="", metavar="FILE")
@@ -59,11 +61,12 @@ def main() -> None:
     record: dict[str, Any] = {"machine": machine(options.device), "curves": {}, "rows": []}
     first: list[float] | None = None
     for backend in backends:
-        for fused in options.fused_kernel:
+        for fused, graph in itertools.product(options.fused_kernel, options.cuda_graph):
             name = backend if fused == "auto" else f"{backend}, fused {fused}"
+            name += ", replayed" if graph == "true" else ""
             settings = Settings(options.size, "none", options.micro_bsz, options.ctx_len, op=backend,
                                 fused_kernel=fused, version=options.version, precision=options.precision,
-                                device=options.device, lr=options.lr)
+                                device=options.device, lr=options.lr, cuda_graph=graph == "true")
             try:
                 losses = curve(settings, options.steps)
             except Exception as reason:  # noqa: BLE001 a backend that fails is a figure too

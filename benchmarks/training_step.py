@@ -214,7 +214,8 @@ def whole_steps(settings: Settings, seconds: float, wkv: Wkv | None) -> dict[str
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step = WholeStep(settings, wkv)
-    for _ in range(2):
+    # a step that is replayed runs as it is at first, then is recorded
+    for _ in range(6 if settings.cuda_graph else 2):
         loss = step.run(step.batch())
     if not is_finite(loss):
         raise ArithmeticError(f"the loss is {loss.item()}")
@@ -252,12 +253,12 @@ def table(options: argparse.Namespace) -> None:
     record: dict[str, Any] = {"machine": machine(device), "FLOP/s": peak, "precision": precision, "rows": []}
     others: dict[str, Wkv | None] = {"": None, **dict(peers.load_peer(text) for text in options.peer)}
     combinations = itertools.product(options.sizes, options.method, options.ctx_len, options.micro_bsz, options.grad_cp,
-                                     options.fused_kernel, others)
-    for size, method, ctx_len, rows, grad_cp, fused, peer in combinations:
+                                     options.fused_kernel, options.cuda_graph, others)
+    for size, method, ctx_len, rows, grad_cp, fused, graph, peer in combinations:
         settings = Settings(size, method, rows, ctx_len, grad_cp, options.op, fused, options.rank, options.version,
-                            precision, device)
+                            precision, device, cuda_graph=graph == "true")
         row: dict[str, Any] = {"size": size, "method": method, "B": rows, "T": ctx_len, "grad_cp": grad_cp,
-                               "fused": fused, "op": peer or options.op}
+                               "fused": fused, "replayed": graph, "op": peer or options.op}
         try:
             figures = whole_steps(settings, options.seconds, others[peer])
             share = figures["TFLOP"] * 1e12 / peak / (figures["step ms"] / 1e3)
@@ -293,6 +294,8 @@ def main() -> None:
     parser.add_argument("--ctx_len", nargs="+", type=int, help="default: 512; with --sizes 1024")
     parser.add_argument("--rank", type=int, help="LoRA rank; 0: full training (default: 32; with --sizes 64)")
     parser.add_argument("--grad_cp", nargs="+", choices=LEVELS, default=["0"])
+    parser.add_argument("--cuda_graph", nargs="+", default=["false"], choices=["true", "false"],
+                        help="with --sizes: replay forward and backward pass (default: false)")
     parser.add_argument("--op", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)

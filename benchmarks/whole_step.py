@@ -7,6 +7,7 @@ Lightning does not.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
-from rwkvpeft.config.groups import OptimizerConfig
+from rwkvpeft.config.groups import OptimizerConfig, RuntimeConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.recompute import LEVELS
@@ -25,7 +26,11 @@ from rwkvpeft.ops.block.choose import choose_block_ops
 from rwkvpeft.ops.block.contract import BlockOps
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs, Wkv
+from rwkvpeft.ops.cross_entropy import RowChoice
+from rwkvpeft.ops.cross_entropy_choose import choose_rows
+from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.registry import BLOCK_OPS, find
+from rwkvpeft.training.graphed_step import CudaGraphs, GraphedStep, why_not
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.parameter_groups import parameter_groups
 from rwkvpeft.training.strategies import COMPUTE_DTYPES, place_model
@@ -49,22 +54,40 @@ class Settings:
     precision: str = "bf16"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     lr: float = 1e-5
+    cuda_graph: bool = False
 
 
 class WholeStep:
-    """A model under training. ``wkv`` takes the place of the operator ``op`` would choose."""
+    """A model under training.
 
-    def __init__(self, settings: Settings, wkv: Wkv | None = None) -> None:
+    Args:
+        wkv: takes the place of the operator ``op`` would choose.
+        reached: is told what is there: ``weights``, then ``optimizer``.
+    Raises: ValueError if the step cannot be replayed and should be; then or at a later step.
+    """
+
+    def __init__(
+        self, settings: Settings, wkv: Wkv | None = None, reached: Callable[[str], None] = lambda _: None
+    ) -> None:
         torch.manual_seed(0)
         self.settings = settings
         self.operator = settings.op
+        self.rows: RowChoice | RowProgram = "auto"
         self.model = self._build(wkv)
+        reached("weights")
         groups = parameter_groups(self.model.named_parameters(), layerwise_lr=True, weight_decay=0.0)
         self.optimizer = find_optimizer("adam").build(groups, OptimizerConfig(), scaled_gradients=False)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.objective = LanguageModelling(1e-4)
+        reached("optimizer")
+        self.objective = LanguageModelling(1e-4, compact=not settings.cuda_graph, rows=self.rows)
+        self.graphed: GraphedStep | None = None
+        if settings.cuda_graph:
+            runtime = RuntimeConfig(precision=settings.precision)
+            if reason := why_not(runtime, self.model, settings.device.type):
+                raise ValueError(reason)
+            self.graphed = GraphedStep(self._forward_and_backward, self.trained, CudaGraphs(), _refuse)
 
     def _build(self, wkv: Wkv | None) -> Rwkv:
         settings = self.settings
@@ -76,6 +99,7 @@ class WholeStep:
         if wkv is None:
             choice = choose_backend(operator_of(shape), settings.op, needs)
             wkv, self.operator = choice.run, choice.report
+        self.rows = choose_rows("torch" if settings.fused_kernel == "false" else "auto", needs, settings.device).program
         model = build_model(shape, wkv, block_ops=block_ops(settings, needs))
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         fill_model(model, RandomWeights(shapes, str(settings.device)), device=settings.device, dtype=dtype,
@@ -98,11 +122,17 @@ class WholeStep:
 
     def run(self, batch: TokenBatch) -> Tensor:
         """One step; returns its loss, which nobody has waited for."""
-        loss = self.objective(self.model, batch).total
-        loss.backward()
+        loss = (self.graphed or self._forward_and_backward)(*batch)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # replays add to gradients where they are
+        self.optimizer.zero_grad(set_to_none=self.graphed is None)
+        return loss
+
+    def _forward_and_backward(self, *batch: Tensor) -> Tensor:
+        given = TokenBatch(*batch)
+        loss = self.objective(self.model, given, given.step_weight).total
+        loss.backward()
         return loss.detach()
 
     def flops(self) -> float:
@@ -120,6 +150,11 @@ class WholeStep:
         passes = (6 if whole else 4) + (2 if self.settings.grad_cp == "1" else 0)
         tokens = self.settings.micro_bsz * self.settings.ctx_len
         return tokens * (passes * blocks + (6 if whole else 4) * head)
+
+
+def _refuse(line: str) -> None:
+    """A figure of a step that was not replayed must not stand for one that was."""
+    raise ValueError(line)
 
 
 def block_ops(settings: Settings, needs: Needs) -> BlockOps:

@@ -7,8 +7,9 @@
 Side by side, since they need no quiet: the CUDA kernels and the peers' are built, and every operator on every backend
 is held to fp64 on inputs that break naive kernels. Then one after another: times of the WKV operators at five shapes
 beside peers and floors, a block's operators and the loss head, whole LoRA steps from 0.1B to 7.2B with their memory,
-and loss curves over 200 steps. Each stage is a process of its own with a limit: what fails or takes too long is
-recorded, and the rest goes on. OUT/results.json is written after every stage, OUT/STAGE.log holds what a stage said.
+loss curves over 200 steps, what a small run's memory goes to, and steps replayed as a CUDA graph. Each stage is a
+process of its own with a limit: what fails or takes too long is recorded, and the rest goes on. OUT/results.json is
+written after every stage, OUT/STAGE.log holds what a stage said.
 
 Peers are compiled where they lie (see benchmarks/peers.py). Nothing is downloaded.
 """
@@ -95,6 +96,11 @@ def stages(peers: Sequence[str]) -> list[Stage]:
                                   "4x4096x32x64", *device], 45),
         Stage("steps, nothing twice", [*steps, "--sizes", "0.1B", "0.4B", "1.5B", "2.9B", "--grad_cp", "0",
                                        "selective"], 60),
+        Stage("memory", [str(BENCHMARKS / "memory_parts.py"), *device], 40),
+        Stage("steps, replayed", [*steps, "--sizes", "0.1B", "0.4B", "--micro_bsz", "1", "--cuda_graph", "false",
+                                  "true"], 45),
+        Stage("curves, replayed", [str(BENCHMARKS / "loss_curve.py"), *device, "--backends", "triton", "--steps", "100",
+                                   "--cuda_graph", "false", "true"], 45),
     ]
     if official:
         # upstream's way: its kernel, everything else in PyTorch, whole blocks twice
@@ -118,6 +124,7 @@ def small_stages() -> list[Stage]:
                         "--fused_kernel", "false", *record], 100),
         Stage("curves", [str(BENCHMARKS / "loss_curve.py"), "--size", "tiny", "--steps", "4", "--ctx_len", "33",
                          "--precision", "fp32", *record], 100),
+        Stage("memory", [str(BENCHMARKS / "memory_parts.py"), "--size", "tiny", "--ctx_len", "17", *record], 60),
         Stage("block", [str(BENCHMARKS / "block.py"), "--rounds", "1", "--programs", "triton", "torch",
                         "--vocab_size", "256", "--shapes", "1x17x1x64", *record], 100),
         Stage("times wkv6 wkv5", [wkv, "--versions", "6", "5", "--rounds", "1", "--backends", "torch", *shape, *record],
