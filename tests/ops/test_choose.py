@@ -296,3 +296,22 @@ def test_the_operators_stay_functions_when_their_backends_are_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_of_a_gpu_program_is_imported_for_a_run_on_a_cpu():
+    code = (
+        "import sys, torch\n"
+        "from rwkvpeft.ops.block.choose import choose_block_ops\n"
+        "from rwkvpeft.ops.choose import choose_backend\n"
+        "from rwkvpeft.ops.contract import Needs\n"
+        "from rwkvpeft.ops.cross_entropy import row_program\n"
+        "needs = Needs('cpu', torch.bfloat16, 64, training=True, batch=1, tokens=8, heads=2)\n"
+        "for operator in ('wkv5', 'wkv6', 'wkv7'):\n"
+        "    choose_backend(operator, 'auto', needs)\n"
+        "choose_block_ops('auto', needs)\n"
+        "row_program('auto', torch.zeros(1, 2))\n"
+        "print(*(name for name in sys.modules if name.startswith('rwkvpeft') and\n"
+        "        any(word in name for word in ('triton', 'cuda', 'fla'))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
