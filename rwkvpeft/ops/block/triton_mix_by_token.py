@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpeft.ops.block import plain
-from rwkvpeft.ops.block.triton_tiles import load_optional_row, load_row, store_row, tokens_each
+from rwkvpeft.ops.block.triton_tiles import MOST_ROWS, load_optional_row, load_row, store_row, tokens_each
 from rwkvpeft.ops.opaque import apart
 
 _BLOCK = 512
@@ -216,7 +216,7 @@ def mix_by_token(
     x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """See ``contract.MixByToken``."""
-    if x.numel() == 0:
+    if x.numel() == 0 or len(x) > MOST_ROWS:
         return plain.mix_by_token(x, towards, last, shares, mixes)
     before = None if last is None else last.contiguous()
     results: tuple[Tensor, ...] = _MixByToken.apply(x.contiguous(), before, shares.contiguous(), *mixes)

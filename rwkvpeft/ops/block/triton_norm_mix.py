@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.contract import Mixed, Norm
 from rwkvpeft.ops.block.triton_norm_mix_kernels import backward_kernel, forward_kernel, parameters_kernel
-from rwkvpeft.ops.block.triton_tiles import tokens_each
+from rwkvpeft.ops.block.triton_tiles import MOST_ROWS, tokens_each
 from rwkvpeft.ops.opaque import apart
 
 _MOST_MIXES = 6
@@ -223,7 +223,7 @@ def norm_mix(
     x: Tensor, update: Tensor | None, norm: Norm, last: Tensor | None, mixes: tuple[Tensor | None, ...]
 ) -> Mixed:
     """See ``contract.NormMix``."""
-    if x.numel() == 0:
+    if x.numel() == 0 or len(x) > MOST_ROWS:
         return plain.norm_mix(x, update, norm, last, mixes)
     residual, after, *mixed = _NormMix.apply(
         x.contiguous(),

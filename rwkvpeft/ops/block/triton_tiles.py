@@ -7,6 +7,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+MOST_ROWS = 65535
+"""A CUDA launch's second axis, on which sequences lie."""
+
 
 def tokens_each(batch: int, tokens: int, *, programs: int) -> int:
     """Neighbouring tokens of a sequence one program takes, so that there are about so many programs; at most 32."""

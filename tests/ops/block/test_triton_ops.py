@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled here, and tested on the GPU", allow_module_level=True)
 
+from rwkvpeft.ops.block import triton_mix_by_token, triton_norm_mix
 from rwkvpeft.ops.block.triton_ops import TRITON
 
 PARAMETERS = "cpk"
@@ -144,3 +145,14 @@ def test_an_expanded_token_before_collects_the_gradients_of_all_sequences():
         for ops in (TRITON, PLAIN)
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_more_sequences_than_a_launch_takes_are_left_to_pytorch(monkeypatch):
+    for module in (triton_norm_mix, triton_mix_by_token):
+        monkeypatch.setattr(module, "MOST_ROWS", 2)
+        monkeypatch.setattr(module, "_NormMix" if module is triton_norm_mix else "_MixByToken", None)
+    x = torch.randn(3, 4, 8)
+    mixed = TRITON.norm_mix(x, None, Norm(torch.ones(8), torch.zeros(8), 1e-5), None, (torch.rand(8),))
+    assert mixed.tokens[0].shape == x.shape
+    shares, mixes = torch.rand(5, 3, 4, 8), tuple(torch.rand(8) for _ in range(5))
+    assert TRITON.mix_by_token(x, None, None, shares, mixes)[4].shape == x.shape
