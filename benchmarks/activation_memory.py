@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from dataclasses import replace
 
 from gpu_memory import SIZES
@@ -23,6 +24,7 @@ from measuring import print_table, write_json
 
 from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.load import operator_of
+from rwkvpeft.cli.guard import guarded
 from rwkvpeft.config.groups import (
     DataConfig,
     MethodConfig,
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

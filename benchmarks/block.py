@@ -16,6 +16,7 @@ products take most of its time.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from measuring import copy_peak, fastest, machine, peak_bytes, print_table, rela
 from torch import Tensor
 from wkv import Shape, parse_shape
 
+from rwkvpeft.cli.guard import guarded
 from rwkvpeft.ops.bench import first_line
 from rwkvpeft.ops.block.contract import BlockOps
 from rwkvpeft.ops.block.trial import CALLS, Call, draw, results_of
@@ -200,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -35,6 +35,7 @@ from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.checkpoints.quantised import Quantiser
 from rwkvpeft.cli.assemble import likely_programs
+from rwkvpeft.cli.guard import guarded
 from rwkvpeft.config.groups import (
     DataConfig,
     MethodConfig,
@@ -317,4 +318,4 @@ def print_table(options: argparse.Namespace, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

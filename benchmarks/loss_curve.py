@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from measuring import machine, print_table, write_json
 from torch import Tensor
 from whole_step import SIZES, Settings, WholeStep, batch_of
 
+from rwkvpeft.cli.guard import guarded
 from rwkvpeft.ops.bench import first_line
 from rwkvpeft.registry import BACKENDS
 
@@ -86,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

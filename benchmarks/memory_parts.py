@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 from typing import Any
 
 import torch
 from gpu_memory import SIZES, driver_figure
 from measuring import machine, print_table, write_json
 from whole_step import Settings, WholeStep
+
+from rwkvpeft.cli.guard import guarded
 
 
 def main() -> None:
@@ -63,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

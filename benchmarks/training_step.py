@@ -22,6 +22,7 @@ import gc
 import itertools
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from whole_step import Settings, WholeStep, is_finite
 
 from rwkvpeft.adapters.lora import LoraAdapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
+from rwkvpeft.cli.guard import guarded
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
@@ -316,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -19,6 +19,7 @@ the final state or None. ``--peer NAME=PATH`` loads a known one from a checkout 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,7 @@ from measuring import (
 from torch import Tensor
 from wkv_cases import cases, errors, few_cases, results
 
+from rwkvpeft.cli.guard import guarded
 from rwkvpeft.ops.bench import first_line
 from rwkvpeft.ops.contract import Backend, Needs, Wkv
 from rwkvpeft.ops.sequences import taking_sequences
@@ -51,17 +53,22 @@ SQUARE = {"wkv5": 6, "wkv6": 6, "wkv7": 4}
 """C x C weights of a layer, beside the channel mixing's two of C x hidden."""
 HIDDEN = {"wkv5": 3.5, "wkv6": 3.5, "wkv7": 4}
 """hidden / C."""
+WORK = {"wkv5": (14, 12), "wkv6": (14, 12), "wkv7": (60, 26)}
+"""Operations for each token and head, forward and backward over chunks of L: so many times L N, and N²."""
+TRAFFIC = {"wkv5": 1664, "wkv6": 2048, "wkv7": 2816}
+"""Bytes for each token and head of 64 channels: 16-bit operands, results and gradients, and states each 64 tokens."""
 _CHECKED_HEADS = 4
 
 Shape = tuple[int, int, int, int]
 
 
-def floor_seconds(shape: Shape, flops: float, bandwidth: float) -> float:
-    """The least a forward and a backward over chunks of 64 tokens can take, wkv7's products, states kept in 16 bits."""
+def floor_seconds(operator: str, shape: Shape, flops: float, bandwidth: float) -> float:
+    """The least a forward and a backward over chunks of 64 tokens can take, states kept in 16 bits."""
     batch, tokens, heads, size = shape
     length = 64
-    work = 60 * length * size + 26 * size**2
-    traffic = 2816 * size / 64
+    inside, across = WORK[operator]
+    work = inside * length * size + across * size**2
+    traffic = TRAFFIC[operator] * size / 64
     return batch * tokens * heads * max(work / flops, traffic / bandwidth)
 
 
@@ -140,7 +147,7 @@ def measure(operator: str, shape: Shape, runs: Mapping[str, Wkv], options: argpa
             continue
         clocks |= {f"{name} forward": forward, f"{name} both": both}
     times = fastest(clocks, device, options.rounds)
-    floor = floor_seconds(shape, *options.ceilings)
+    floor = floor_seconds(operator, shape, *options.ceilings)
     rows = []
     for name, record in seen.items():
         worst = max(record["errors"] or {"": 0.0}, key=lambda n: (record["errors"] or {"": 0.0})[n] * (n != "y"))
@@ -239,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table there too")
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
-        raise SystemExit("nvcc is not on PATH")
+        parser.error("nvcc is not on PATH: install NVIDIA's CUDA toolkit, or add its bin folder to PATH")
     sources = [SOURCES / name for name in arguments.sources] or sorted(SOURCES.rglob("*.cu"))
     rows: list[Kernel] = []
     for architecture in arguments.archs:

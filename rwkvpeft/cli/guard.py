@@ -16,16 +16,17 @@ EXIT_BROKEN_PIPE = 141
 _REQUIREMENTS = ("torch", "numpy", "pytorch_lightning", "yaml", "tqdm", "pyrwkv_tokenizer")
 
 
-def guarded(body: Callable[[], int], debug: bool = False) -> int:
+def guarded(body: Callable[[], int | None], debug: bool = False) -> int:
     """Run a command's body and return the exit code of the process.
 
     A ``UserError`` is printed to standard error and gives 2, with its traceback when ``debug`` is set; so does a
     requirement of this package that is not installed. Ctrl-C gives 130. A reader that has gone away (``| head``) ends
-    the command quietly with 141. ``SystemExit`` gives its own code.
+    the command quietly with 141. ``SystemExit`` gives its own code; 2
+    for a text, which is printed.
     Any other exception is a defect and passes through with its traceback.
     """
     try:
-        code = body()
+        code = body() or 0
         sys.stdout.flush()
     except UserError as error:
         return _refuse(error, debug)
@@ -43,6 +44,8 @@ def guarded(body: Callable[[], int], debug: bool = False) -> int:
         _discard_output()
         return EXIT_BROKEN_PIPE
     except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
         return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else EXIT_USER_ERROR
     return code
 
