@@ -257,6 +257,12 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def sees_gpu() -> bool:
+    """Asked in another process: one that holds a context on the GPU would disturb what is measured."""
+    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", question]).returncode == 0
+
+
 def main() -> int:
     """Run the stages. Returns 0 if all of them came to their end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,6 +273,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="in miniature on a CPU")
     options = parser.parse_args()
     peers = ["=".join([name, str(Path(path).resolve())]) for name, _, path in (p.partition("=") for p in options.peer)]
+    if not options.small and not sees_gpu():
+        parser.error("PyTorch sees no NVIDIA GPU here (python -c 'import torch; print(torch.cuda.is_available())'); "
+                     "--small runs everything in miniature on a CPU")
     plan = small_stages() if options.small else stages(peers)
     plan = [stage for stage in plan if not options.only or stage.name in options.only]
     options.out.mkdir(parents=True, exist_ok=True)
