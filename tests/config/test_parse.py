@@ -9,6 +9,12 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    # help breaks its lines where the terminal ends
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def message(argv):
     with pytest.raises(UserError) as caught:
         parse_train(argv)
@@ -123,8 +129,7 @@ def test_a_missing_file_is_told(tmp_path):
 def test_help_shows_every_flag_its_default_and_unit(capsys):
     with pytest.raises(SystemExit) as leaving:
         parse_train(["--help"])
-    # lines break where the terminal ends
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
     assert leaving.value.code == 0
     assert "--micro_bsz" in shown
     assert "rows; default: 12" in shown
