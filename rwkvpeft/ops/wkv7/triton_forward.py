@@ -263,7 +263,8 @@ def launch_scan(
         scan[(plan.sequences, plan.heads, size // ROWS)](
             across, added, entry, leave, first, initial, met, final, plan.per_row, plan.heads,
             N=size, R=ROWS, MODE=plan.mode, PACKED=plan.packed, INITIAL=initial is not None, REVERSE=reverse,
-            num_warps=4, num_stages=3,
+            # as many chunks ahead as 99 KB of shared memory hold
+            num_warps=4, num_stages=3 if size * size * across.element_size() <= 32768 else 1,
         )
     return met, final
 
