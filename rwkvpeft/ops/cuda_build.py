@@ -99,12 +99,12 @@ def is_built() -> bool:
 
 def waits_for() -> str:
     """``Backend.waits_for`` of CUDA backends."""
-    return "" if is_built() else "not built: --op cuda builds it once, in about a minute"
+    return "" if is_built() else "not built: --op cuda builds it once, in a few minutes"
 
 
 @functools.cache
 def extension() -> Any:
-    """The module of ``cuda/binding.cpp``; builds it if need be, which takes about a minute.
+    """The module of ``cuda/binding.cpp``; builds it if need be, which takes a few minutes.
 
     Processes that ask at the same time wait for the one that builds; should it die, the next one builds.
 
@@ -162,7 +162,7 @@ def _build(folder: Path) -> None:
     sources = sources_folder()
     # whoever left PyTorch's own lock here is dead: the living hold ours
     (folder / "lock").unlink(missing_ok=True)
-    _say("building the CUDA kernels, once, about a minute")
+    _say("building the CUDA kernels, once, a few minutes")
     begun = time.monotonic()
     architecture = _architecture()
     try:
