@@ -65,7 +65,7 @@ def _evaluate(flags: argparse.Namespace, values: dict[str, Any]) -> dict[str, An
 
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.loader import evaluation_batches
-    from rwkvpeft.generation.evaluation import evaluate
+    from rwkvpeft.objectives.evaluation import evaluate
 
     tuned = load_from_flags(flags)
     ctx_len = values.get("ctx_len") or (tuned.recipe.ctx_len if tuned.recipe else None) or _CTX_LEN

@@ -30,6 +30,15 @@ class ModelConfig:
         None, help="channels per head; read from the file where it tells", alias="head_size", unit="channels"
     )
     head_size_divisor: int = flag(8, help="group norm after the time mixing uses eps = 1e-5 * divisor^2")
+    pre_ffn: int = flag(
+        0, help="1: the first block has a channel mixing in place of the time mixing; v5 and v6", choices=("0", "1")
+    )
+    head_qk: int = flag(0, help="width of RWKV-LM's headQK, which lets the head copy earlier tokens; 0: none")
+    load_partial: int = flag(
+        0,
+        help="1: take from --load_model what fits the typed sizes, even parts of tensors, and draw the rest anew",
+        choices=("0", "1"),
+    )
 
 
 @dataclass(frozen=True)
@@ -37,33 +46,50 @@ class DataConfig:
     """What to train on, and how it becomes rows of tokens."""
 
     data_file: str = flag(
-        "", help="training data: PREFIX of PREFIX.bin and PREFIX.idx, or a .jsonl file", metavar="FILE"
+        "",
+        help="training data: PREFIX of PREFIX.bin and PREFIX.idx, a .jsonl file, or what --data_type says; several "
+        "with their shares as a.jsonl:3,b.jsonl:1",
+        metavar="FILE",
     )
     data_type: str = flag(
-        "binidx", help="format of the data; a file named .jsonl is jsonl", choices=("binidx", "jsonl")
+        "binidx",
+        help="format of the data; a file named .jsonl is jsonl; sft: a dataset of Hugging Face, local or by name, or a "
+        "parquet or csv file; utf-8, utf-16le: one text; numpy, uint16: tokens; dummy: random tokens",
+        choices=("binidx", "jsonl", "sft", "utf-8", "utf-16le", "numpy", "uint16", "dummy"),
     )
     ctx_len: int | None = flag(None, help="tokens per row; by method: state 512, otherwise 1024", unit="tokens")
     dataload: str = flag(
         "pad",
-        help="pad: one document a row; only: one document, unpadded (micro_bsz 1); get: windows of the whole stream",
-        choices=("pad", "only", "get"),
+        help="pad: one document a row; only: one document, unpadded (micro_bsz 1); get: windows of the whole stream; "
+        "pack: several documents a row, none of which sees another",
+        choices=("pad", "only", "get", "pack"),
     )
     loss_mask: str = flag(
         "none",
-        help="what is trained: none and pad: all but padding; qa: assistant turns; se: between the --mask_id markers",
-        choices=("none", "pad", "qa", "se"),
+        help="what is trained: none and pad: all but padding; qa: assistant turns; last: the last of them; se: between "
+        "the --mask_id markers",
+        choices=("none", "pad", "qa", "last", "se"),
     )
+    mask_think: bool = flag(False, help="do not train what stands between <think> and </think>")
     mask_id: dict[str, str] = flag(
         {"mask0": "0", "mask1": "1"}, help="the two marker texts of --loss_mask se", metavar="JSON"
     )
     data_shuffle: int = flag(1, help="1: seeded order without replacement; 0: the file's order", choices=("0", "1"))
     tokenizer: str = flag("world", help="world, bytes, utf-16le, or the path of a vocabulary file", metavar="NAME|FILE")
     text_key: str = flag("text", help="the jsonl field that holds a whole document", metavar="NAME")
+    sft_field: list[str] = flag(
+        [], help="with --data_type sft: the columns of prompt and answer; none: found as in jsonl", metavar="NAME"
+    )
+    sft_split: str = flag("train", help="with --data_type sft: the split of the dataset", metavar="NAME")
+    length_buckets: bool = flag(
+        False, help="with --dataload pad: rows of a batch have similar lengths, padded to the longest of them only"
+    )
     magic_prime: int = flag(0, help="with --dataload get: RWKV-LM's order of windows; 0: seeded random windows")
     num_workers: int = flag(0, help="processes that prepare batches; 0: the training process itself")
     persistent_workers: bool = flag(False, help="keep data workers alive between mini-epochs")
     prefetch_factor: int | None = flag(None, help="batches each data worker prepares ahead")
     preview: int = flag(0, help="print this many samples with the trained tokens marked, then exit", unit="samples")
+    check: bool = flag(False, help="report what the data hold and what is wrong with them, then exit")
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,17 @@ class ScheduleConfig:
         "cos", help="shape of the learning rate", choices=("cos", "cos_decay", "wsd", "exp", "linear")
     )
     my_exit: int = flag(99999999, help="stop after this mini-epoch")
+    my_exit_tokens: int = flag(
+        0, help="end after this many tokens, which the cosine of the learning rate is then counted by; 0: by steps",
+        unit="tokens",
+    )
+    train_stage: int = flag(
+        0,
+        help="RWKV-LM's stages; 1: write rwkv-init.pth and exit; 2, 3: go on from the newest rwkv-N.pth in proj_dir, "
+        "mini-epochs of 40320 samples; 0: not staged",
+        choices=("0", "1", "2", "3"),
+        alias="my_pile_stage",
+    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +188,11 @@ class MethodConfig:
     merge: int = flag(
         0, help="1: write merged models, the adapter beside them; 0: the adapter alone", choices=("0", "1")
     )
-    dropout: float = flag(0.0, help="dropout of each block's two updates")
+    dropout: float = flag(0.0, help="dropout of the embedded tokens and of each block, where RWKV-LM has it")
+    label_smoothing: float = flag(0.0, help="share of each target that is spread over the whole vocabulary")
+    neftune_alpha: float = flag(
+        0.0, help="NEFTune: uniform noise on the embedded tokens, of size alpha / sqrt(tokens * channels); 0: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -210,6 +251,48 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class LongContextConfig:
+    """Rows longer than memory: they are worked through in chunks that hand on their state."""
+
+    infctx: bool = flag(False, help="train rows of --ctx_len in chunks of --chunk_ctx; also --train_type infctx")
+    chunk_ctx: int = flag(512, help="with --infctx: tokens of a chunk", unit="tokens")
+    infctx_grad: str = flag(
+        "truncated",
+        help="truncated: gradients end at the borders of chunks; exact: those of one long pass, for about a quarter "
+        "more time",
+        choices=("truncated", "exact"),
+    )
+    infctx_offload: bool = flag(False, help="with --infctx_grad exact: keep the states between chunks in main memory")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a run is watched: data it does not train on, and what it would say."""
+
+    val_data_file: str = flag("", help="held-out data, of the kind of --data_file", metavar="FILE")
+    val_split: float = flag(
+        0.0, help="share of the documents of --data_file, or their number if above 1, that is held out instead"
+    )
+    val_steps: int = flag(
+        0, help="evaluate every so many optimizer steps, and before the first; 0: each mini-epoch", unit="steps"
+    )
+    early_stop: int = flag(0, help="end after so many evaluations without a better held-out loss; 0: never")
+    general_data_file: str = flag(
+        "", help="text of another kind: an alarm is given when the model forgets how to predict it", metavar="FILE"
+    )
+    general_alarm: float = flag(0.05, help="rise of its loss that is an alarm", unit="nats a token")
+    sample_prompts: str = flag(
+        "", help="file of prompts, one JSON text or object a line, answered at each evaluation", metavar="FILE"
+    )
+    sample_tokens: int = flag(64, help="length of such an answer at most", unit="tokens")
+    log_parts: int = flag(
+        0, help="log norms of weights, gradients and steps for each part of the model every so many steps; 0: never",
+        unit="steps",
+    )
+    report: bool = flag(True, help="write report.md with curves, answers and settings at the end of the run")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All of a run, resolved: what ``config.yaml`` holds."""
 
@@ -220,3 +303,5 @@ class TrainConfig:
     method: MethodConfig
     runtime: RuntimeConfig
     output: OutputConfig
+    long_context: LongContextConfig = LongContextConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -37,7 +37,6 @@ def _none(default: object, reason: str, fix: str | None = None, kind: Kind = "te
     return UpstreamFlag(str(default), reason, fix, kind)
 
 
-_LATER = "not available yet"
 _NO_PILE = "RWKV-LM's staged pre-training is not available yet"
 _NO_TRICK = "an experiment of early RWKV versions that v5, v6 and v7 models do not have"
 
@@ -45,7 +44,7 @@ FLAGS: dict[str, UpstreamFlag] = {
     "rwkv_version": _means("--my_testing"),
     "my_qa_mask": _means("1: --loss_mask qa", "0"),
     "dataset_get": _means("--dataload"),
-    "train_type": _means("state and states: --peft state, or METHOD+state beside --peft METHOD", "none"),
+    "train_type": _means("state, states: --peft state, or METHOD+state beside --peft METHOD; infctx: --infctx", "none"),
     "state_tune": _means("--peft state", kind="switch"),
     "lora": _means("--peft lora", kind="switch"),
     "lora_config": _means("settings of --peft lora and dora; lora_load: --adapter", kind="json"),
@@ -65,15 +64,6 @@ FLAGS: dict[str, UpstreamFlag] = {
     "emb": _means("adds emb to --train_parts", kind="switch"),
     "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
     "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),
-    "pre_ffn": _none(0, "a first block without time mixing is not available yet"),
-    "head_qk": _none(0, "the headQK trick is not available yet"),
-    "load_partial": _none(0, "weights are loaded whole: a tensor left out would train from random values"),
-    "chunk_ctx": _none(512, "only --train_type infctx reads it, which is not available yet", "a smaller --ctx_len"),
-    "sft_field": _none("", "the sft data type is not available yet", "--data_type jsonl", "words"),
-    "sft_split": _none("train", "the sft data type is not available yet", "--data_type jsonl"),
-    "val_data_file": _none("", "a held-out loss during training is not available yet", "python -m rwkvpeft.evaluate"),
-    "val_steps": _none(0, "a held-out loss during training is not available yet", "python -m rwkvpeft.evaluate"),
-    "my_exit_tokens": _none(0, "stopping at a token count is not available yet", "--epoch_count"),
     "my_sample_len": _none(0, "it is read nowhere upstream", "--ctx_len"),
     "my_random_steps": _none(0, "it is read nowhere upstream", "--random_seed"),
     "avg_loss": _none(0, "the loss is always the mean over the trained tokens of a step"),
@@ -90,15 +80,11 @@ FLAGS: dict[str, UpstreamFlag] = {
     "my_att_shift": _none(1, _NO_TRICK),
     "my_pos_emb": _none(0, _NO_TRICK),
     "my_pile_version": _none(1, _NO_PILE),
-    "my_pile_stage": _none(0, _NO_PILE),
     "my_pile_shift": _none(-1, _NO_PILE),
     "my_pile_edecay": _none(0, _NO_PILE),
-    "train_stage": _none(0, _NO_PILE),
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
-    "dataload": {"pack": _LATER},
-    "data_type": dict.fromkeys(("sft", "utf-8", "utf-16le", "numpy", "uint16", "dummy"), _LATER),
     "optim": {"adam_mini": "not available: its package knows the parameter names of transformers alone"},
 }
 """Values of our own flags that upstream takes and that are not here yet, with what to say of them."""
@@ -127,6 +113,8 @@ def translate(given: Mapping[str, Any], method: str | None, findings: Findings) 
     for name, field in (("rwkv_version", "my_testing"), ("dataset_get", "dataload")):
         if upstream.get(name):
             values[field] = upstream[name]
+    if upstream.get("train_type") == "infctx":
+        values["infctx"] = True
     if str(upstream.get("my_qa_mask", "0")) != "0":
         values["loss_mask"] = "qa"
     return {**values, **fields, **translate_methods(upstream, fields, method or "none", findings)}

@@ -93,9 +93,9 @@ class _Told:
 def chosen_method(given: Mapping[str, Any], findings: Findings) -> str | None:
     """The method that ``--peft`` and the older ways to say it name together; None if none does."""
     train_type = given.get("train_type") or "none"
-    if train_type not in ("none", "state", "states"):
-        later = ": not available yet" if train_type == "infctx" else ""
-        findings.add(f"--train_type {train_type}{later}", found=train_type, expected=["none", "state", "states"])
+    known = ["none", "state", "states", "infctx"]
+    if train_type not in known:
+        findings.add(f"--train_type {train_type}", found=train_type, expected=known)
     peft = given.get("peft")
     named = peft.lower() if peft else ""
     older = "pissa" if given.get("PISSA") else "lora" if given.get("lora") else ""

@@ -21,6 +21,7 @@ from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
 from rwkvpeft.ops.block.contract import BlockOps, Mixed
 from rwkvpeft.ops.block.plain import PLAIN
+from rwkvpeft.ops.sequences import Sequences
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
 
@@ -28,6 +29,7 @@ Wkv = Callable[..., tuple[Tensor, Tensor]]
 class TimeMixing(nn.Module):
     """What every version's time mixing answers to."""
 
+    wkv: Wkv
     time_state: nn.Parameter | None
     shift_state: nn.Parameter | None
 
@@ -36,7 +38,7 @@ class TimeMixing(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState, sequences: Sequences | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Mix along time what the token shift has mixed, (B, T, C) each.
 
@@ -45,12 +47,16 @@ class TimeMixing(nn.Module):
         """
         raise NotImplementedError
 
-    def initial_memory(self, x: Tensor, memory: Tensor | None) -> Tensor | None:
-        """The memory to start from: the given one, or the tuned ``time_state`` of a fresh sequence, or None."""
+    def recall(self, sequences: Sequences | None, **operands: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the WKV recurrence; a program that knows no packed rows serves all others."""
+        return self.wkv(**operands) if sequences is None else self.wkv(**operands, sequences=sequences)
+
+    def initial_memory(self, x: Tensor, memory: Tensor | None, sequences: Sequences | None) -> Tensor | None:
+        """The memory to start from: the given one, or the tuned ``time_state`` of each fresh sequence, or None."""
         if memory is None and self.time_state is not None:
             # the recurrence runs in fp32 whatever the activations are, and in fp64 when they are
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            return self.time_state.to(dtype).expand(x.shape[0], -1, -1, -1)
+            return self.time_state.to(dtype).expand(_starts(x, sequences), -1, -1, -1)
         return memory
 
 
@@ -68,30 +74,37 @@ class Block(nn.Module):
         self.dropout = 0.0
 
     def forward(
-        self, x: Tensor, first_value: Tensor | None, state: BlockState
+        self, x: Tensor, first_value: Tensor | None, state: BlockState, sequences: Sequences | None = None
     ) -> tuple[Tensor, Tensor | None, BlockState]:
         """Return the residual stream (B, T, C), layer 0's value, and the state after the last token."""
         if self.ln0 is not None:
             x = self.ln0(x)
         state = state._replace(
-            time_shift=_first_shift(self.att, state.time_shift, x),
-            channel_shift=_first_shift(self.ffn, state.channel_shift, x),
+            time_shift=_first_shift(self.att, state.time_shift, x, sequences),
+            channel_shift=_first_shift(self.ffn, state.channel_shift, x, sequences),
         )
-        mixed = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes())
+        mixed = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes(), sequences)
         time_shift = mixed.last
-        update, first_value, memory = self.att(mixed, first_value, state)
+        update, first_value, memory = self.att(mixed, first_value, state, sequences)
         update = F.dropout(update, self.dropout, self.training)
         mixes = self.ffn.shift_mixes()
-        mixed = self.ops.norm_mix(mixed.residual, update, self.ln2.norm(), state.channel_shift, mixes)
+        mixed = self.ops.norm_mix(mixed.residual, update, self.ln2.norm(), state.channel_shift, mixes, sequences)
         x = mixed.residual + F.dropout(self.ffn(*mixed.tokens), self.dropout, self.training)
         return x, first_value, BlockState(time_shift, memory, mixed.last)
 
 
-def _first_shift(mixing: TimeMixing | ChannelMixing, shift: Tensor | None, x: Tensor) -> Tensor | None:
+def _starts(x: Tensor, sequences: Sequences | None) -> int:
+    """Rows of a state: one for each row of tokens, or for each sequence of a packed row."""
+    return x.shape[0] if sequences is None else len(sequences.lengths)
+
+
+def _first_shift(
+    mixing: TimeMixing | ChannelMixing, shift: Tensor | None, x: Tensor, sequences: Sequences | None
+) -> Tensor | None:
     """The token before the first one (B, C): the given one, or the tuned ``shift_state`` of a fresh sequence."""
     tuned = mixing.shift_state
     if shift is None and tuned is not None:
-        return tuned.to(x.dtype).expand(x.shape[0], -1)
+        return tuned.to(x.dtype).expand(_starts(x, sequences), -1)
     return shift
 
 
@@ -140,12 +153,16 @@ class Rwkv(nn.Module):
             weights |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
         return weights
 
-    def hidden(self, tokens: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
+    def hidden(
+        self, tokens: Tensor, state: RecurrentState | None = None, sequences: Sequences | None = None
+    ) -> tuple[Tensor, RecurrentState]:
         """Run all but the head.
 
         Args:
             tokens: (B, T) int64.
             state: what earlier tokens left behind; None means a fresh sequence.
+            sequences: that ``tokens``, then (1, T), hold one behind another: none sees another, and a state has a row
+                for each of them.
         Returns: (B, T, C) after the final norm, and the state after the last token.
         """
         blocks = (fresh_state(self.shape.n_layer) if state is None else state).blocks
@@ -158,7 +175,7 @@ class Rwkv(nn.Module):
         for layer, (block, block_state) in enumerate(zip(self.blocks, blocks, strict=True)):
             with torch.set_grad_enabled(differentiates and layer >= first):
                 used = "none" if layer < first else level
-                x, first_value, left = run_block(block, used, x, first_value, block_state)
+                x, first_value, left = run_block(block, used, x, first_value, block_state, sequences)
             after.append(left)
         return self.ln_out(x), RecurrentState(tuple(after))
 

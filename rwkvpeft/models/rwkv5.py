@@ -16,6 +16,7 @@ from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
 from rwkvpeft.ops.block.contract import BlockOps, Mixed
+from rwkvpeft.ops.sequences import Sequences
 
 
 class TimeMix(TimeMixing):
@@ -51,16 +52,16 @@ class TimeMix(TimeMixing):
         return tuple(1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g))
 
     def forward(
-        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState, sequences: Sequences | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See ``TimeMixing.forward``."""
         x_k, x_v, x_r, x_g = mixed.tokens
         r, k, v = (
             part.unflatten(-1, (self.heads, -1)) for part in (self.receptance(x_r), self.key(x_k), self.value(x_v))
         )
-        memory = self.initial_memory(r, state.memory)
+        memory = self.initial_memory(r, state.memory, sequences)
         decay, bonus = self.time_decay.to(r.dtype), self.time_faaaa.to(r.dtype)
-        read, memory = self.wkv(r=r, w=decay, k=k, v=v, u=bonus, state=memory)
+        read, memory = self.recall(sequences, r=r, w=decay, k=k, v=v, u=bonus, state=memory)
         return self.output(self.ops.norm_gate(read, self.gate(x_g), self.ln_x.norm())), first_value, memory
 
 

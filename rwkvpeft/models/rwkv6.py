@@ -16,6 +16,7 @@ from rwkvpeft.models.layers import HeadNorm, Linear, parameter
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
 from rwkvpeft.ops.block.contract import BlockOps, Mixed
+from rwkvpeft.ops.sequences import Sequences
 
 _MIXED = ("w", "k", "v", "r", "g")
 
@@ -53,29 +54,31 @@ class TimeMix(TimeMixing):
         return None, self.time_maa_x
 
     def forward(
-        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState, sequences: Sequences | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See ``TimeMixing.forward``."""
         x, _ = mixed.tokens
-        x_w, x_k, x_v, x_r, x_g = self._mixed_tokens(mixed, state.time_shift)
+        x_w, x_k, x_v, x_r, x_g = self._mixed_tokens(mixed, state.time_shift, sequences)
         decay_logit = torch.tanh(x_w @ self.time_decay_w1.to(x.dtype)) @ self.time_decay_w2.to(x.dtype)
         decay_logit = decay_logit + self.time_decay.to(x.dtype)
         r, w, k, v = (
             part.unflatten(-1, (self.heads, -1))
             for part in (self.receptance(x_r), decay_logit, self.key(x_k), self.value(x_v))
         )
-        memory = self.initial_memory(x, state.memory)
-        read, memory = self.wkv(r=r, w=w, k=k, v=v, u=self.time_faaaa.to(x.dtype), state=memory)
+        memory = self.initial_memory(x, state.memory, sequences)
+        read, memory = self.recall(sequences, r=r, w=w, k=k, v=v, u=self.time_faaaa.to(x.dtype), state=memory)
         return self.output(self.ops.norm_gate(read, self.gate(x_g), self.ln_x.norm())), first_value, memory
 
-    def _mixed_tokens(self, mixed: Mixed, last: Tensor | None) -> tuple[Tensor, ...]:
+    def _mixed_tokens(
+        self, mixed: Mixed, last: Tensor | None, sequences: Sequences | None
+    ) -> tuple[Tensor, ...]:
         """Five mixtures of each token with its predecessor, the shares themselves computed from the two."""
         x, coarse = mixed.tokens
         inner = torch.tanh(coarse @ self.time_maa_w1.to(x.dtype)).unflatten(-1, (len(_MIXED), -1))
         shares = torch.matmul(inner.flatten(0, 1).transpose(0, 1), self.time_maa_w2.to(x.dtype))
         shares = shares.unflatten(1, x.shape[:2])
         mixes = tuple(getattr(self, f"time_maa_{letter}") for letter in _MIXED)
-        return self.ops.mix_by_token(x, mixed.towards, last, shares, mixes)
+        return self.ops.mix_by_token(x, mixed.towards, last, shares, mixes, sequences)
 
 
 class ChannelMix(GatedChannelMix):

@@ -20,6 +20,7 @@ from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState
 from rwkvpeft.ops.block.contract import BlockOps, KeyParameters, Mixed
 from rwkvpeft.ops.block.plain import PLAIN
+from rwkvpeft.ops.sequences import Sequences
 
 
 class TimeMix(TimeMixing):
@@ -65,7 +66,7 @@ class TimeMix(TimeMixing):
         return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
 
     def forward(
-        self, mixed: Mixed, first_value: Tensor | None, state: BlockState
+        self, mixed: Mixed, first_value: Tensor | None, state: BlockState, sequences: Sequences | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See ``TimeMixing.forward``."""
         x_r, x_w, x_k, x_v, x_a, x_g = mixed.tokens
@@ -79,8 +80,8 @@ class TimeMix(TimeMixing):
             key, value, rate_logit, first_value, share_logit, parameters, self.heads
         )
         r, w = (part.unflatten(-1, (self.heads, -1)) for part in (receptance, decay_logit))
-        memory = self.initial_memory(r, state.memory)
-        read, memory = self.wkv(r=r, w=w, k=k, v=v, a=remove, b=write, state=memory)
+        memory = self.initial_memory(r, state.memory, sequences)
+        read, memory = self.recall(sequences, r=r, w=w, k=k, v=v, a=remove, b=write, state=memory)
         update = self.output(self.ops.norm_bonus_gate(read, r, k, v, gate, self.ln_x.norm(), self.r_k))
         return update, value if first_value is None else first_value, memory
 

@@ -38,7 +38,7 @@ class LanguageModelling:
             normaliser: (), what the weighted sum of losses is divided by; None is the batch's own sum of weights,
                 or 1 if nothing has weight.
         """
-        hidden, _ = model.hidden(batch.input_ids)
+        hidden, _ = model.hidden(batch.input_ids, sequences=batch.sequences)
         tokens = batch.weights.sum()
         if normaliser is None:
             normaliser = tokens.where(tokens > 0, 1.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ from rwkvpeft.errors import ContractError
 from rwkvpeft.ops.contract import Backend, Wkv
 
 _ALONG_TOKENS = 4  # axes of a tensor with one entry for each token, (1, T, H, N)
+
+
+class Bounds(NamedTuple):
+    """Of the sequences that have tokens, int64 (n,) each: their first and last tokens, and their own numbers."""
+
+    starts: Tensor
+    ends: Tensor
+    filled: Tensor
 
 
 class Sequences:
@@ -29,6 +38,7 @@ class Sequences:
         if any(length < 0 for length in self.lengths) or not self.lengths:
             raise ContractError(f"sequences of {self.lengths} tokens")
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._bounds: dict[torch.device, Bounds] = {}
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -42,6 +52,14 @@ class Sequences:
     def tokens(self) -> int:
         """T, the tokens of all sequences."""
         return self.offsets[-1]
+
+    def bounds(self, device: torch.device) -> Bounds:
+        """Where the sequences that have tokens begin and end."""
+        if device not in self._bounds:
+            filled = [index for index, length in enumerate(self.lengths) if length]
+            rows = ([self.offsets[i] for i in filled], [self.offsets[i + 1] - 1 for i in filled], filled)
+            self._bounds[device] = Bounds(*(torch.tensor(row, dtype=torch.int64, device=device) for row in rows))
+        return self._bounds[device]
 
     def chunk_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """How chunks of ``length`` tokens lie in the row, none of them in two sequences.

@@ -23,7 +23,7 @@ from rwkvpeft.checkpoints.files import fingerprint
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
-from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.callbacks.metrics import Metrics
@@ -95,7 +95,7 @@ def fit(
     module = RwkvModule(
         model.train(),
         # to count the rows that are trained would make the processor wait, which no recording can
-        LanguageModelling(config.optimizer.logit_penalty, compact=graphs is None, rows=loss_rows),
+        build_objective(config, compact=graphs is None, rows=loss_rows),
         schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps, keeps_rate=keeps_rate),
         optimizer=config.optimizer,
         plan=plan,

@@ -72,7 +72,7 @@ def test_a_misplaced_backslash_is_explained():
 
 def test_an_unknown_choice_names_the_known_ones():
     text = message(["--loss_mask", "qq"])
-    assert "none, pad, qa, se" in text
+    assert "none, pad, qa, last, se" in text
 
 
 def test_all_mistakes_are_told_at_once():

@@ -175,6 +175,6 @@ def test_other_names_mean_the_field():
     assert given == {"my_testing": "x060", "loss_mask": "qa", "dataload": "pad"}
 
 
-def test_infctx_is_said_to_be_missing():
-    with pytest.raises(UserError, match="infctx"):
-        parse_train(["--train_type", "infctx"])
+def test_the_train_type_infctx_is_a_switch():
+    given = parse_train(["--train_type", "infctx", "--peft", "lora"])
+    assert given == {"peft": "lora", "infctx": True}

@@ -57,7 +57,7 @@ class Table(torch.nn.Module):
         self.head = Linear(channels, vocabulary)
         torch.nn.init.normal_(self.head.weight)
 
-    def hidden(self, tokens, state=None):
+    def hidden(self, tokens, state=None, sequences=None):
         return self.emb(tokens), state
 
 

@@ -2,7 +2,8 @@
 
 Letters: B batch, T tokens, C channels, H heads, N head size. Activations are of one floating dtype, the results too;
 parameters are of any, shaped (C,) or (1, 1, C). Everything is differentiable, T may be 0. A ``last`` token is what the
-token shift finds before the first one: (B, C), possibly expanded, None for zeros.
+token shift finds before the first one: (B, C), possibly expanded, None for zeros. ``sequences`` tells that the batch is
+one packed row of S of them, each with a first token of its own: B is 1, and ``last`` is (S, C).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from rwkvpeft.ops.contract import Supports
+from rwkvpeft.ops.sequences import Sequences
 
 
 class Norm(NamedTuple):
@@ -39,7 +41,13 @@ class NormMix(Protocol):
     """Add to the residual stream, normalise, and move each token towards its predecessor."""
 
     def __call__(
-        self, x: Tensor, update: Tensor | None, norm: Norm, last: Tensor | None, mixes: tuple[Tensor | None, ...]
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        norm: Norm,
+        last: Tensor | None,
+        mixes: tuple[Tensor | None, ...],
+        sequences: Sequences | None = None,
     ) -> Mixed:
         """Compute residual = x + update, n = norm(residual), and n + (predecessor of n - n) * mix for each mix.
 
@@ -55,7 +63,13 @@ class MixByToken(Protocol):
     """Move each token towards its predecessor by shares that each token has of its own (v6)."""
 
     def __call__(
-        self, x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
+        self,
+        x: Tensor,
+        towards: Tensor | None,
+        last: Tensor | None,
+        shares: Tensor,
+        mixes: tuple[Tensor, ...],
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute x + (predecessor of x - x) * (mix + share) for each of five mixes.
 

@@ -8,27 +8,38 @@ from torch import Tensor
 
 from rwkvpeft.ops.block.contract import BlockOps, KeyParameters, Mixed, Norm, PreparedKeys
 from rwkvpeft.ops.contract import Supports
+from rwkvpeft.ops.sequences import Sequences
 from rwkvpeft.ops.token_shift import last_token, shift_tokens
 
 
 def norm_mix(
-    x: Tensor, update: Tensor | None, norm: Norm, last: Tensor | None, mixes: tuple[Tensor | None, ...]
+    x: Tensor,
+    update: Tensor | None,
+    norm: Norm,
+    last: Tensor | None,
+    mixes: tuple[Tensor | None, ...],
+    sequences: Sequences | None = None,
 ) -> Mixed:
     """See ``NormMix``."""
     residual = x if update is None else x + update
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     normed = F.layer_norm(residual, weight.shape, weight, bias, norm.eps)
-    towards = shift_tokens(normed, last) - normed
+    towards = shift_tokens(normed, last, sequences) - normed
     tokens = tuple(normed if mix is None else torch.addcmul(normed, towards, mix.to(x.dtype)) for mix in mixes)
-    return Mixed(residual, tokens, last_token(normed, last), towards)
+    return Mixed(residual, tokens, last_token(normed, last, sequences), towards)
 
 
 def mix_by_token(
-    x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
+    x: Tensor,
+    towards: Tensor | None,
+    last: Tensor | None,
+    shares: Tensor,
+    mixes: tuple[Tensor, ...],
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, ...]:
     """See ``MixByToken``."""
     # a second copy would be kept for the backward pass
-    towards = shift_tokens(x, last) - x if towards is None else towards
+    towards = shift_tokens(x, last, sequences) - x if towards is None else towards
     return tuple(
         torch.addcmul(x, towards, share + mix.to(x.dtype)) for share, mix in zip(shares.unbind(0), mixes, strict=True)
     )

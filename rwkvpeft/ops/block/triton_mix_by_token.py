@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from rwkvpeft.ops.block import plain
 from rwkvpeft.ops.block.triton_tiles import MOST_ROWS, load_optional_row, load_row, store_row, tokens_each
 from rwkvpeft.ops.opaque import apart
+from rwkvpeft.ops.sequences import Sequences
 
 _BLOCK = 512
 
@@ -213,11 +214,16 @@ class _MixByToken(torch.autograd.Function):
 
 
 def mix_by_token(
-    x: Tensor, towards: Tensor | None, last: Tensor | None, shares: Tensor, mixes: tuple[Tensor, ...]
+    x: Tensor,
+    towards: Tensor | None,
+    last: Tensor | None,
+    shares: Tensor,
+    mixes: tuple[Tensor, ...],
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, ...]:
     """See ``contract.MixByToken``."""
-    if x.numel() == 0 or len(x) > MOST_ROWS:
-        return plain.mix_by_token(x, towards, last, shares, mixes)
+    if x.numel() == 0 or len(x) > MOST_ROWS or sequences is not None:
+        return plain.mix_by_token(x, towards, last, shares, mixes, sequences)
     before = None if last is None else last.contiguous()
     results: tuple[Tensor, ...] = _MixByToken.apply(x.contiguous(), before, shares.contiguous(), *mixes)
     return results

@@ -27,6 +27,7 @@ from rwkvpeft.ops.block.contract import Mixed, Norm
 from rwkvpeft.ops.block.triton_norm_mix_kernels import backward_kernel, forward_kernel, parameters_kernel
 from rwkvpeft.ops.block.triton_tiles import MOST_ROWS, tokens_each
 from rwkvpeft.ops.opaque import apart
+from rwkvpeft.ops.sequences import Sequences
 
 _MOST_MIXES = 6
 
@@ -220,11 +221,16 @@ class _NormMix(torch.autograd.Function):
 
 
 def norm_mix(
-    x: Tensor, update: Tensor | None, norm: Norm, last: Tensor | None, mixes: tuple[Tensor | None, ...]
+    x: Tensor,
+    update: Tensor | None,
+    norm: Norm,
+    last: Tensor | None,
+    mixes: tuple[Tensor | None, ...],
+    sequences: Sequences | None = None,
 ) -> Mixed:
     """See ``contract.NormMix``."""
-    if x.numel() == 0 or len(x) > MOST_ROWS:
-        return plain.norm_mix(x, update, norm, last, mixes)
+    if x.numel() == 0 or len(x) > MOST_ROWS or sequences is not None:
+        return plain.norm_mix(x, update, norm, last, mixes, sequences)
     residual, after, *mixed = _NormMix.apply(
         x.contiguous(),
         None if update is None else update.contiguous(),

@@ -38,7 +38,7 @@ def evaluate(model: Rwkv, batches: Iterable[TokenBatch]) -> Evaluation:
     loss = tokens = 0.0
     for batch in batches:
         with torch.inference_mode():
-            part = objective(model, TokenBatch(*(tensor.to(device) for tensor in batch)), one)
+            part = objective(model, batch.on(device), one)
         loss += part.total.item()
         tokens += part.tokens.item()
     if not tokens:
