@@ -65,12 +65,12 @@ def _arguments(settings: dict[str, Any]) -> SimpleNamespace:
     batches = 40320 // settings["micro_bsz"]
     return SimpleNamespace(
         **given, dim_att=settings["n_embd"], dim_ffn=settings["n_embd"] * 7 // 2 // 32 * 32,
-        head_size_a=given["head_size"], head_size_divisor=8, pre_ffn=0, head_qk=0, dropout=0, tiny_att_dim=0, tiny_att_layer=-999, my_pos_emb=0,
-        layerwise_lr=1, weight_decay_final=-1, my_qa_mask=0, my_pile_version=1, my_pile_stage=3, my_pile_shift=0,
-        my_pile_edecay=0, my_random_steps=0, train_type="", train_stage=3, data_type="binidx", betas=(0.9, 0.99),
-        grad_clip=1.0, grad_cp=0, real_bsz=settings["micro_bsz"], epoch_steps=batches, epoch_begin=0,
-        epoch_count=settings["magic_prime"] // 40320, accelerator="cpu", precision="fp32", strategy="auto",
-        load_model="",
+        head_size_a=given["head_size"], head_size_divisor=8, pre_ffn=0, head_qk=0, dropout=0, tiny_att_dim=0,
+        tiny_att_layer=-999, my_pos_emb=0, layerwise_lr=1, weight_decay_final=-1, my_qa_mask=0, my_pile_version=1,
+        my_pile_stage=3, my_pile_shift=0, my_pile_edecay=0, my_random_steps=0, train_type="", train_stage=3,
+        data_type="binidx", betas=(0.9, 0.99), grad_clip=1.0, grad_cp=0, real_bsz=settings["micro_bsz"],
+        epoch_steps=batches, epoch_begin=0, epoch_count=settings["magic_prime"] // 40320, accelerator="cpu",
+        precision="fp32", strategy="auto", load_model="",
     )
 
 
