@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,7 +64,7 @@ def read_records(path: str | Path, skip_bad: bool = False) -> Iterator[Record]:
         raise UserError(f"{path} holds no record", found=f"{line} lines", expected="JSON objects, one a line")
 
 
-def line_error(path: Path, line: int, what: str, shown: str) -> UserError:
+def line_error(path: Path | str, line: int, what: str, shown: str) -> UserError:
     """The error for one line of a file."""
     return UserError(f"{path}:{line}: {what}", found=shown)
 
@@ -154,23 +154,26 @@ def _line_end(file: BinaryIO, position: int, size: int) -> int:
     return size
 
 
-class JsonlSource(TokenSource):
-    """A jsonl file, tokenised when it is opened and held in memory: three bytes a token, five above 65536 ids."""
+class RecordSource(TokenSource):
+    """Records of any origin, tokenised when the source is made and held in memory: three bytes a token, five above
+    65536 ids.
+    """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, text_key: str = "text") -> None:
-        """Raises: UserError with FILE:LINE for a line that is no document, or if the file holds none."""
-        path = Path(path)
-        self.name = str(path)
+    def __init__(self, name: str, records: Iterable[Record], tokenizer: Tokenizer, text_key: str = "text") -> None:
+        """Args: ``name`` of the file, for messages. Raises: UserError with NAME:LINE for a record that is no document,
+        and what ``records`` raises."""
+        self.name = name
         stream = array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
         sizes = array("i")
         trained = bytearray()
-        for record in read_records(path):
+        for record in records:
             try:
                 tokens, mask = tokenise(segments(record.value, text_key), tokenizer)
             except (RecordError, UserError) as reason:
                 what = reason.what if isinstance(reason, UserError) else str(reason)
-                shown = json.dumps(record.value, ensure_ascii=False)[:_SHOWN]
-                raise line_error(path, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
+                # tables hold values that JSON does not know, as dates
+                shown = json.dumps(record.value, ensure_ascii=False, default=str)[:_SHOWN]
+                raise line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
             stream.extend(array(stream.typecode, tokens))
             sizes.append(len(tokens))
             trained += mask.tobytes()
@@ -183,6 +186,14 @@ class JsonlSource(TokenSource):
         """For each token of document ``index``, 1 if an assistant says it. Known from the roles, not from the text."""
         start = int(self.starts[index])
         return self._trained[start : start + int(self.sizes[index])]
+
+
+class JsonlSource(RecordSource):
+    """A jsonl file as documents."""
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, text_key: str = "text") -> None:
+        """Raises: UserError with FILE:LINE for a line that is no document, or if the file holds none."""
+        super().__init__(str(path), read_records(path), tokenizer, text_key)
 
 
 def open_jsonl(config: DataConfig) -> JsonlSource:

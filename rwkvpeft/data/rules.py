@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.jsonl import JsonlSource
+from rwkvpeft.data.jsonl import RecordSource
 from rwkvpeft.data.masks import QA_LOOKAHEAD, Tokens, Weights, qa_weights, se_weights
 from rwkvpeft.data.source import TokenSource
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, load_tokenizer
@@ -90,13 +90,13 @@ class AnswersOnly(TextRule):
 
     def weights(self, source: TokenSource, document: int, length: int) -> Weights:
         """As ``find``, from the roles where they are known."""
-        if isinstance(source, JsonlSource):
+        if isinstance(source, RecordSource):
             return source.trained(document)[:length].astype(np.float32)
         return super().weights(source, document, length)
 
     def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
         """As ``weights``, document by document where the roles are known."""
-        if isinstance(source, JsonlSource):
+        if isinstance(source, RecordSource):
             return MaskRule.count(self, source, lengths)
         return super().count(source, lengths)
 
