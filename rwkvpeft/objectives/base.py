@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from rwkvpeft.models.state import RecurrentState
+
 
 class Loss(NamedTuple):
     """What an objective found in one batch.
@@ -27,4 +29,22 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Any, normaliser: Tensor | None = None) -> Loss:
         """Compute the loss of ``model`` on ``batch``."""
+        ...
+
+
+class TokenObjective(Objective, Protocol):
+    """An objective whose loss adds up over tokens, so that rows can be worked through in parts."""
+
+    def part(
+        self, model: nn.Module, batch: Any, normaliser: Tensor, state: RecurrentState | None = None, share: float = 1.0
+    ) -> tuple[Loss, RecurrentState]:
+        """What the tokens of ``batch`` add to the loss of longer rows; the parts' losses sum up to that of the rows.
+
+        Args:
+            normaliser: () of the whole rows.
+            state: what the earlier tokens of the rows left behind; None at their beginning.
+            share: the part of the rows' positions that is here, which counts where something is a mean over all
+                positions, as L2Wrap.
+        Returns: the loss, and the state after the last token.
+        """
         ...

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.layers import Linear
+from rwkvpeft.models.state import RecurrentState
 from rwkvpeft.objectives.base import Loss
 from rwkvpeft.ops.cross_entropy import RowChoice, head_cross_entropy, linear_cross_entropy
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
@@ -38,13 +39,20 @@ class LanguageModelling:
             normaliser: (), what the weighted sum of losses is divided by; None is the batch's own sum of weights,
                 or 1 if nothing has weight.
         """
-        hidden, _ = model.hidden(batch.input_ids, sequences=batch.sequences)
-        tokens = batch.weights.sum()
         if normaliser is None:
+            tokens = batch.weights.sum()
             normaliser = tokens.where(tokens > 0, 1.0)
+        return self.part(model, batch, normaliser)[0]
+
+    def part(
+        self, model: Any, batch: TokenBatch, normaliser: Tensor, state: RecurrentState | None = None, share: float = 1.0
+    ) -> tuple[Loss, RecurrentState]:
+        """See ``TokenObjective``."""
+        hidden, after = model.hidden(batch.input_ids, state, sequences=batch.sequences)
         settings: dict[str, Any] = {
             "normaliser": normaliser,
-            "logit_penalty": self.logit_penalty,
+            # a mean over all positions, of which there are fewer here
+            "logit_penalty": self.logit_penalty * share,
             "compact": self.compact,
             "chunk_rows": self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
         }
@@ -55,4 +63,4 @@ class LanguageModelling:
             total = linear_cross_entropy(hidden, weight, batch.labels, batch.weights, rows=self.rows, **settings)
         else:
             total = head_cross_entropy(hidden, head, batch.labels, batch.weights, **settings)
-        return Loss(total, tokens, {})
+        return Loss(total, batch.weights.sum(), {}), after
