@@ -311,8 +311,7 @@ def build_for_training(
         prepare=_prepare_on(local_device(config.runtime), adapter) if adapter else None,
     )
     model.recompute = LEVELS[config.runtime.grad_cp]
-    for block in model.blocks:
-        block.dropout = config.method.dropout  # type: ignore[assignment]
+    model.regularise(dropout=config.method.dropout, neftune_alpha=config.method.neftune_alpha)
     if adapter is None:
         model.requires_grad_(True)
     else:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from rwkvpeft.config.check_regularisers import check_regularisers
 from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from rwkvpeft.config.layer_profile import read_layer_profile
@@ -50,6 +51,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     _check_data(config.data, config.schedule, findings)
     _check_rates(config.schedule, config.optimizer, findings)
     _check_method(config, findings)
+    check_regularisers(config, findings)
 
 
 def _check_there(config: TrainConfig, findings: Findings) -> None:
@@ -120,9 +122,6 @@ def _check_rates(schedule: ScheduleConfig, optimizer: OptimizerConfig, findings:
 
 def _check_method(config: TrainConfig, findings: Findings) -> None:
     method = config.method
-    findings.check(
-        0 <= method.dropout < 1, "--dropout is out of range", found=method.dropout, expected="0 up to below 1"
-    )
     check_method(method.peft, findings)
     if method.layer_profile:
         _check_profile(method, findings)

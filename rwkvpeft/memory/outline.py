@@ -110,8 +110,7 @@ def training_outline(
             parameter.data = parameter.data.float()
     # auto is decided by what the levels need: until then the one that needs least
     model.recompute = LEVELS.get(config.runtime.grad_cp, "block")
-    for block in model.blocks:
-        block.dropout = config.method.dropout  # type: ignore[assignment]
+    model.regularise(dropout=config.method.dropout, neftune_alpha=config.method.neftune_alpha)
     return model.train()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rwkvpeft.models.channel_mix import ChannelMixing
 from rwkvpeft.models.initialise import shared_weights
 from rwkvpeft.models.layers import LayerNorm, Linear
+from rwkvpeft.models.neftune import add_noise
 from rwkvpeft.models.recompute import Level, run_block
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import BlockState, RecurrentState, fresh_state
@@ -61,7 +62,10 @@ class TimeMixing(nn.Module):
 
 
 class Block(nn.Module):
-    """Time mixing, then channel mixing, each on a normed copy and added to the residual stream."""
+    """Time mixing, then channel mixing, each on a normed copy and added to the residual stream.
+
+    ``dropout`` acts on each of the two sums, as in RWKV-LM: on the whole residual stream.
+    """
 
     def __init__(self, shape: ModelShape, layer: int, att: TimeMixing, ffn: ChannelMixing, ops: BlockOps) -> None:
         super().__init__()
@@ -86,11 +90,17 @@ class Block(nn.Module):
         mixed = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes(), sequences)
         time_shift = mixed.last
         update, first_value, memory = self.att(mixed, first_value, state, sequences)
-        update = F.dropout(update, self.dropout, self.training)
+        x, addend = self._sum(mixed.residual, update)
         mixes = self.ffn.shift_mixes()
-        mixed = self.ops.norm_mix(mixed.residual, update, self.ln2.norm(), state.channel_shift, mixes, sequences)
-        x = mixed.residual + F.dropout(self.ffn(*mixed.tokens), self.dropout, self.training)
+        mixed = self.ops.norm_mix(x, addend, self.ln2.norm(), state.channel_shift, mixes, sequences)
+        x = F.dropout(mixed.residual + self.ffn(*mixed.tokens), self.dropout, self.training)
         return x, first_value, BlockState(time_shift, memory, mixed.last)
+
+    def _sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual stream and what the next norm adds to it: the norm's own addition is free, if nothing drops."""
+        if self.training and self.dropout:
+            return F.dropout(x + update, self.dropout), None
+        return x, update
 
 
 def _starts(x: Tensor, sequences: Sequences | None) -> int:
@@ -115,7 +125,7 @@ class Rwkv(nn.Module):
     ``channel_mix(shape, ops)``, and its untrained tensors, ``initial_block(shape, layer)``.
 
     ``compute_dtype`` is the dtype of the activations; ``recompute`` says what of a block's activations the backward
-    pass computes again.
+    pass computes again; ``dropout`` and ``neftune_alpha``, see ``regularise``, act in training only.
     """
 
     time_mix: ClassVar[type[Any]]
@@ -134,6 +144,8 @@ class Rwkv(nn.Module):
         self.shape = shape
         self.compute_dtype = torch.float32
         self.recompute: Level = "none"
+        self.dropout = 0.0
+        self.neftune_alpha = 0.0
         self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = LayerNorm(shape.n_embd)
@@ -153,8 +165,25 @@ class Rwkv(nn.Module):
             weights |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
         return weights
 
+    def regularise(self, *, dropout: float = 0.0, neftune_alpha: float = 0.0) -> None:
+        """Set what is random in training.
+
+        Args:
+            dropout: share of the embedded tokens, and of the residual stream after each of a block's sums, that is
+                put to zero, as in RWKV-LM.
+            neftune_alpha: size of NEFTune's noise on the embedded tokens, see ``models/neftune.py``.
+        """
+        self.dropout, self.neftune_alpha = dropout, neftune_alpha
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.dropout = dropout
+
     def hidden(
-        self, tokens: Tensor, state: RecurrentState | None = None, sequences: Sequences | None = None
+        self,
+        tokens: Tensor,
+        state: RecurrentState | None = None,
+        sequences: Sequences | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentState]:
         """Run all but the head.
 
@@ -163,10 +192,12 @@ class Rwkv(nn.Module):
             state: what earlier tokens left behind; None means a fresh sequence.
             sequences: that ``tokens``, then (1, T), hold one behind another: none sees another, and a state has a row
                 for each of them.
+            lengths: tokens of each row's, or packed sequence's, document, (B,) or (S,), which NEFTune's noise depends
+                on; None means T, or the length of the sequence.
         Returns: (B, T, C) after the final norm, and the state after the last token.
         """
         blocks = (fresh_state(self.shape.n_layer) if state is None else state).blocks
-        x = self.emb(tokens).to(self.compute_dtype)
+        x = self._embed(tokens, sequences, lengths)
         first_value: Tensor | None = None
         after = []
         differentiates = torch.is_grad_enabled()
@@ -178,6 +209,12 @@ class Rwkv(nn.Module):
                 x, first_value, left = run_block(block, used, x, first_value, block_state, sequences)
             after.append(left)
         return self.ln_out(x), RecurrentState(tuple(after))
+
+    def _embed(self, tokens: Tensor, sequences: Sequences | None, lengths: Tensor | None) -> Tensor:
+        x: Tensor = self.emb(tokens).to(self.compute_dtype)
+        if self.training and self.neftune_alpha:
+            x = add_noise(x, self.neftune_alpha, sequences, lengths)
+        return F.dropout(x, self.dropout, self.training)
 
     def _first_trained(self, x: Tensor, states: tuple[BlockState, ...]) -> int:
         """The first block that a gradient reaches: nothing of those before it need be kept."""

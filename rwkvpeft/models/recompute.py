@@ -43,11 +43,13 @@ def run_block(block: nn.Module, level: Level, *inputs: Any) -> Any:
 
 
 def draws_random_numbers(block: nn.Module) -> bool:
-    """Whether some module in the block has dropout, or is of another package, which may do anything."""
+    """Whether some module in it has dropout or noise, or is of another package, which may do anything."""
     for module in block.modules():
         if not type(module).__module__.startswith(("rwkvpeft.", "torch.nn.")):
             return True
-        if getattr(module, "dropout", 0.0) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p):
+        if getattr(module, "dropout", 0.0) or getattr(module, "neftune_alpha", 0.0):
+            return True
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
             return True
     return False
 

@@ -15,4 +15,10 @@ def build_objective(config: TrainConfig, *, compact: bool, rows: RowChoice | Row
     Args:
         compact, rows: as of ``LanguageModelling``.
     """
-    return LanguageModelling(config.optimizer.logit_penalty, compact=compact, rows=rows)
+    return LanguageModelling(
+        config.optimizer.logit_penalty,
+        compact=compact,
+        rows=rows,
+        label_smoothing=config.method.label_smoothing,
+        tells_lengths=config.method.neftune_alpha > 0,
+    )

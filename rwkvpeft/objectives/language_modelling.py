@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rwkvpeft.data.batches import TokenBatch
@@ -25,12 +26,16 @@ class LanguageModelling:
         chunk_rows: rows of logits that exist at once; None is 512 on a GPU, 256 on a CPU.
         compact: leave out rows without weight, for which the processor waits for the device.
         rows: what works on rows of logits, unless the head is more than a matrix.
+        label_smoothing: share of each target that is spread over the whole vocabulary.
+        tells_lengths: tell the model how long each row's document is, which NEFTune's noise depends on.
     """
 
     logit_penalty: float = 0.0
     chunk_rows: int | None = None
     compact: bool = True
     rows: RowChoice | RowProgram = "auto"
+    label_smoothing: float = 0.0
+    tells_lengths: bool = False
 
     def __call__(self, model: Any, batch: TokenBatch, normaliser: Tensor | None = None) -> Loss:
         """Run the model's ``hidden`` on ``batch.input_ids`` and compare with ``batch.labels``.
@@ -48,11 +53,13 @@ class LanguageModelling:
         self, model: Any, batch: TokenBatch, normaliser: Tensor, state: RecurrentState | None = None, share: float = 1.0
     ) -> tuple[Loss, RecurrentState]:
         """See ``TokenObjective``."""
-        hidden, after = model.hidden(batch.input_ids, state, sequences=batch.sequences)
+        told = {"lengths": document_lengths(batch, share)} if self.tells_lengths else {}
+        hidden, after = model.hidden(batch.input_ids, state, sequences=batch.sequences, **told)
         settings: dict[str, Any] = {
             "normaliser": normaliser,
             # a mean over all positions, of which there are fewer here
             "logit_penalty": self.logit_penalty * share,
+            "label_smoothing": self.label_smoothing,
             "compact": self.compact,
             "chunk_rows": self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
         }
@@ -64,3 +71,19 @@ class LanguageModelling:
         else:
             total = head_cross_entropy(hidden, head, batch.labels, batch.weights, **settings)
         return Loss(total, batch.weights.sum(), {}), after
+
+
+def document_lengths(batch: TokenBatch, share: float = 1.0) -> Tensor | None:
+    """How far each row's document is read, (B,): up to its last trained token, so that padding does not count.
+
+    Args:
+        share: the part of the rows' positions that is here; of a part, all that is known is how long the rows are.
+    Returns: None for a packed row, whose documents have the lengths of ``batch.sequences``.
+    """
+    if batch.sequences is not None:
+        return None
+    rows, tokens = batch.weights.shape
+    if share < 1:
+        return torch.full((rows,), round(tokens / share), device=batch.weights.device)
+    places = torch.arange(1, tokens + 1, device=batch.weights.device)
+    return torch.where(batch.weights != 0, places, 1).amax(dim=1)

@@ -161,7 +161,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "quant_head": recipe.quant_head,
         "train_parts": recipe.train_parts,
         "adapter": _stamp(Path(config.method.adapter)),
-        "dropout": config.method.dropout,
+        **{name: getattr(config.method, name) for name in ("dropout", "label_smoothing", "neftune_alpha")},
         "precision": runtime.precision,
         "devices": runtime.devices,
         "num_nodes": runtime.num_nodes,

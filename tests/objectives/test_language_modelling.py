@@ -9,7 +9,8 @@ import torch
 from rwkvpeft import load_model
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.layers import Linear
-from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.objectives.language_modelling import LanguageModelling, document_lengths
+from rwkvpeft.ops.sequences import Sequences
 from rwkvpeft.quantization.format import build_format
 from rwkvpeft.quantization.linear import QuantizedLinear
 
@@ -117,3 +118,23 @@ def test_a_wrapped_head_trains_as_the_bare_one():
     model.head = Wrapped(model.head)
     torch.testing.assert_close(loss_and_gradient(model, batch), expected)
     torch.testing.assert_close(model.head.base.weight.grad, head_gradient)
+
+
+def test_label_smoothing_spreads_a_share_of_each_target():
+    torch.manual_seed(3)
+    model = Table().double()
+    tokens = torch.tensor([[1, 4, 2, 7]])
+    batch = TokenBatch(tokens, tokens.roll(-1, 1), torch.tensor([[1.0, 0.0, 2.0, 1.0]]), torch.tensor(4.0))
+    found = LanguageModelling(label_smoothing=0.1)(model, batch).total
+    log_p = model.head(model.emb(tokens)).log_softmax(-1)[0]
+    target = 0.9 * torch.nn.functional.one_hot(batch.labels[0], 11).double() + 0.1 / 11
+    each = -(target * log_p).sum(-1)
+    assert found.item() == pytest.approx((each * batch.weights[0]).sum().item() / 4, abs=1e-12)
+
+
+def test_a_row_is_as_long_as_its_last_trained_token():
+    weights = torch.tensor([[0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]])
+    batch = TokenBatch(torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), weights, weights.sum())
+    assert document_lengths(batch).tolist() == [3, 1, 4]
+    assert document_lengths(batch, share=0.25).tolist() == [16, 16, 16]
+    assert document_lengths(batch._replace(sequences=Sequences([12]))) is None

@@ -101,8 +101,7 @@ def train(base, tmp_path):
         config = settings(load_model=str(checkpoint), proj_dir=str(tmp_path / folder), **values)
         adapter = build_adapter(config.method.peft, config.method.peft_config, config.method.train_parts)
         model = load_model(checkpoint, dtype=torch.float32)
-        for block in model.blocks:
-            block.dropout = config.method.dropout
+        model.regularise(dropout=config.method.dropout, neftune_alpha=config.method.neftune_alpha)
         if adapter is not None:
             torch.manual_seed(config.runtime.random_seed)
             adapter.attach(model)
