@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_regularisers import check_regularisers
 from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -52,6 +53,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     _check_rates(config.schedule, config.optimizer, findings)
     _check_method(config, findings)
     check_regularisers(config, findings)
+    check_long_context(config, findings)
 
 
 def _check_there(config: TrainConfig, findings: Findings) -> None:

@@ -305,3 +305,9 @@ class TrainConfig:
     output: OutputConfig
     long_context: LongContextConfig = LongContextConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a row whose activations are in memory together: all of them, or those of a chunk."""
+        tokens = self.data.ctx_len or 1
+        return min(tokens, self.long_context.chunk_ctx) if self.long_context.infctx else tokens

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rwkvpeft.config.check_long_context import long_context_remarks
 from rwkvpeft.config.checks import check_paths, check_values
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
@@ -65,6 +66,7 @@ def resolve(
     if files_too:
         check_paths(config, findings)
     findings.raise_any()
+    remarks += long_context_remarks(config)
     alone = config.method.peft == "state" and not config.method.layer_profile
     if alone and (config.schedule.lr_init or 0.0) < _LOWEST_STATE_LR:
         remarks.append(

@@ -154,6 +154,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
                                                       "accumulate_grad_batches", "lr_init", "lr_final",
                                                       "warmup_steps", "lr_schedule")},
         **asdict(config.optimizer),
+        **{name: getattr(config.long_context, name) for name in ("infctx", "chunk_ctx", "infctx_grad")},
         "peft": recipe.method,
         "peft_config": recipe.config,
         "quant": recipe.quant,
