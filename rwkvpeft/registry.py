@@ -88,6 +88,12 @@ OBJECTIVES: dict[str, str] = {
 SOURCES: dict[str, str] = {
     "binidx": "rwkvpeft.data.binidx:open_binidx",
     "jsonl": "rwkvpeft.data.jsonl:open_jsonl",
+    "sft": "rwkvpeft.data.huggingface:open_sft",
+    "utf-8": "rwkvpeft.data.text:open_text",
+    "utf-16le": "rwkvpeft.data.text:open_text",
+    "dummy": "rwkvpeft.data.text:open_text",
+    "numpy": "rwkvpeft.data.arrays:open_numpy",
+    "uint16": "rwkvpeft.data.arrays:open_uint16",
 }
 
 OPTIMIZERS: dict[str, str] = {

@@ -53,15 +53,17 @@ class DataConfig:
     )
     data_type: str = flag(
         "binidx",
-        help="format of the data; a file named .jsonl is jsonl; sft: a dataset of Hugging Face, local or by name, or a "
-        "parquet or csv file; utf-8, utf-16le: one text; numpy, uint16: tokens; dummy: random tokens",
+        help="format of the data; a file named .jsonl is jsonl; sft, and what is named .parquet or .csv: rows of a "
+        "file, a folder or a dataset of Hugging Face; utf-8, utf-16le: a text, each character a token; numpy, uint16: "
+        "tokens; dummy: sums, without a file",
         choices=("binidx", "jsonl", "sft", "utf-8", "utf-16le", "numpy", "uint16", "dummy"),
     )
     ctx_len: int | None = flag(None, help="tokens per row; by method: state 512, otherwise 1024", unit="tokens")
     dataload: str = flag(
         "pad",
-        help="pad: one document a row; only: one document, unpadded (micro_bsz 1); get: windows of the whole stream; "
-        "pack: several documents a row, none of which sees another",
+        help="by --data_type: get for a text and tokens, otherwise pad. pad: one document a row; only: one document, "
+        "unpadded (micro_bsz 1); get: windows of the whole stream; pack: several documents a row, none of which sees "
+        "another",
         choices=("pad", "only", "get", "pack"),
     )
     loss_mask: str = flag(
@@ -75,12 +77,24 @@ class DataConfig:
         {"mask0": "0", "mask1": "1"}, help="the two marker texts of --loss_mask se", metavar="JSON"
     )
     data_shuffle: int = flag(1, help="1: seeded order without replacement; 0: the file's order", choices=("0", "1"))
-    tokenizer: str = flag("world", help="world, bytes, utf-16le, or the path of a vocabulary file", metavar="NAME|FILE")
+    tokenizer: str = flag(
+        "world",
+        help="world, bytes, utf-16le, or the path of a vocabulary file; of utf-8, utf-16le and dummy vocab.json in "
+        "proj_dir or beside the base",
+        metavar="NAME|FILE",
+    )
     text_key: str = flag("text", help="the jsonl field that holds a whole document", metavar="NAME")
     sft_field: list[str] = flag(
-        [], help="with --data_type sft: the columns of prompt and answer; none: found as in jsonl", metavar="NAME"
+        [],
+        help="with --data_type sft: the columns of prompt and answer, or that of the text; none: found as in jsonl",
+        metavar="NAME",
     )
-    sft_split: str = flag("train", help="with --data_type sft: the split of the dataset", metavar="NAME")
+    sft_split: str = flag(
+        "train", help="with --data_type sft: the split of the dataset, or rows of it as train[:1000]", metavar="NAME"
+    )
+    my_sample_len: int = flag(
+        0, help="with --data_type uint16: length of the documents; 0: up to each token 0", unit="tokens"
+    )
     length_buckets: bool = flag(
         False, help="with --dataload pad: rows of a batch have similar lengths, padded to the longest of them only"
     )

@@ -64,7 +64,6 @@ FLAGS: dict[str, UpstreamFlag] = {
     "emb": _means("adds emb to --train_parts", kind="switch"),
     "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
     "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),
-    "my_sample_len": _none(0, "it is read nowhere upstream", "--ctx_len"),
     "my_random_steps": _none(0, "it is read nowhere upstream", "--random_seed"),
     "avg_loss": _none(0, "the loss is always the mean over the trained tokens of a step"),
     "l2warp_sparse": _none(0, "the logit penalty always acts on every position", "--logit_penalty"),

@@ -52,8 +52,7 @@ def _pieces(row: Row, length: int, tokenizer: Tokenizer, marks: tuple[str, str])
 
 
 def _text(tokens: list[int], tokenizer: Tokenizer) -> str:
-    # in utf-16le, 0 is also a byte of every Latin letter
-    if tokenizer.encoding != "utf-8":
+    if tokenizer.end_token is None:
         return tokenizer.decode(tokens)
     return _END_MARK.join(tokenizer.decode(document) for document in _split(tokens))
 

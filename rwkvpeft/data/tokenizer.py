@@ -2,7 +2,8 @@
 
 Encoding World text is the Rust package's work. Decoding is done here from the table of token bytes: a text generated
 token by token holds halves of characters and ids without meaning, and neither may stop a program. In every tokenizer
-token 0 ends a document and spells nothing (utf-16le excepted, where it is also the zero byte of every Latin letter).
+token 0 ends a document and spells nothing, but for utf-16le, where it is also the zero byte of every Latin letter, and
+character vocabularies, which have no such token.
 
 Source: the World vocabulary of RWKV (BlinkDL/RWKV-LM, ``rwkv_vocab_v20230424.txt``), greedy longest match over bytes.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rwkvpeft.data.vocabulary import read_vocabulary, same_vocabulary
+from rwkvpeft.data.vocabulary import read_characters, read_vocabulary, same_vocabulary
 from rwkvpeft.errors import UserError
 
 END_OF_DOCUMENT = 0
@@ -34,11 +35,13 @@ class Tokenizer(ABC):
         name: what ``load_tokenizer`` was asked for.
         vocab_size: one more than the largest id the tokenizer can produce.
         encoding: Python's name of the encoding of texts, "utf-8" or "utf-16-le".
+        end_token: what ends a document and stands for nothing else; None where there is no such token.
     """
 
     name: str
     vocab_size: int
     encoding = "utf-8"
+    end_token: int | None = END_OF_DOCUMENT
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -115,7 +118,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Args:
         name: "world"; "bytes" (UTF-8 bytes as ids); "utf-16le" (bytes of UTF-16LE as ids); or the path of a vocabulary
-            file with a line ``ID LITERAL LENGTH`` for each token.
+            file with a line ``ID LITERAL LENGTH`` for each token, or of a character vocabulary (.json).
     Raises:
         UserError: no such name or file. A vocabulary file is read here, and a broken line in it named.
     """
@@ -131,6 +134,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"--tokenizer {name} is neither a name nor a file",
             expected="world, bytes, utf-16le or the path of a vocabulary file",
         )
+    if path.suffix.lower() == ".json":
+        return CharacterTokenizer(read_characters(path), name)
     if same_vocabulary(path, world_vocabulary_path()):
         return WorldTokenizer(name)
     return VocabularyTokenizer(path)
@@ -263,6 +268,42 @@ class Utf16Tokenizer(_ByteTokenizer):
 
     name = "utf-16le"
     encoding = "utf-16-le"
+    # a zero byte is half of most letters and ends nothing
+    end_token = None
+
+
+class CharacterTokenizer(Tokenizer):
+    """One id for each character that a text has, as RWKV-LM makes it for text files; no id ends a document.
+
+    Args:
+        characters: by id, each once.
+        name: path of the vocab.json they stand in.
+    """
+
+    end_token = None
+
+    def __init__(self, characters: Sequence[str], name: str) -> None:
+        self.name = name
+        self.characters = tuple(characters)
+        self.vocab_size = len(self.characters)
+        self._ids = {character: token for token, character in enumerate(self.characters)}
+
+    def encode(self, text: str) -> list[int]:
+        """An id a character. Raises: UserError naming the first character that the vocabulary lacks."""
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as unknown:
+            character = unknown.args[0]
+            raise UserError(
+                f"the vocabulary {self.name} lacks the character {character!r}",
+                found=f"character {text.index(character)} of the text",
+                expected=f"{self.vocab_size} characters, those of the text the vocabulary was made of",
+            ) from unknown
+
+    @cached_property
+    def table(self) -> Sequence[bytes]:
+        """The characters in UTF-8."""
+        return [character.encode() for character in self.characters]
 
 
 def _surrogate_error(reason: UnicodeEncodeError) -> UserError:

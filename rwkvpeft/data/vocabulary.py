@@ -1,13 +1,17 @@
-"""Vocabulary files in the format of RWKV's World vocabulary: a line ``ID LITERAL LENGTH`` for each token.
+"""Vocabulary files: those in the format of RWKV's World vocabulary, and RWKV-LM's ``vocab.json`` of characters.
 
-The literal is Python's notation of a text or of bytes; the length counts bytes.
+The first have a line ``ID LITERAL LENGTH`` for each token; the literal is Python's notation of a text or of bytes, the
+length counts bytes. The others are one JSON object, ``{"0": "a", "1": "b"}``.
 """
 
 from __future__ import annotations
 
 import ast
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from rwkvpeft.atomic import write_whole
 from rwkvpeft.errors import UserError
 
 _LARGEST_ID = (1 << 24) - 1
@@ -45,6 +49,33 @@ def read_vocabulary(path: Path) -> list[bytes]:
     for token, spelling in spellings.items():
         table[token] = spelling
     return table
+
+
+def read_characters(path: Path) -> list[str]:
+    """The characters of a ``vocab.json`` by id.
+
+    Raises: UserError if the file is anything else, or an id is missing or given twice.
+    """
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        characters = [listed[str(token)] for token in range(len(listed))]
+        whole = bool(characters) and all(isinstance(item, str) and len(item) == 1 for item in characters)
+        "".join(characters if whole else ()).encode()
+    except (ValueError, KeyError, TypeError, RecursionError) as reason:
+        raise _no_characters(path) from reason
+    if not whole or len(set(characters)) != len(characters):
+        raise _no_characters(path)
+    return characters
+
+
+def write_characters(path: Path, characters: Sequence[str]) -> None:
+    """Write a ``vocab.json`` whole or not at all. Raises: UserError if it cannot be written."""
+    text = json.dumps(dict(enumerate(characters)), ensure_ascii=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _no_characters(path: Path) -> UserError:
+    return UserError(f"{path} is not a vocabulary of characters", expected='{"0": "a", "1": "b", ...}, each once')
 
 
 def same_vocabulary(one: Path, other: Path) -> bool:

@@ -35,8 +35,7 @@ class TextGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.chunk = chunk
-        # in UTF-16 a zero byte is half of most letters and ends nothing
-        self.end_token = None if tokenizer.encoding.startswith("utf-16") else END_OF_DOCUMENT
+        self.end_token = tokenizer.end_token
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
