@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_regularisers import check_regularisers
+from rwkvpeft.config.data_files import check_data_files
 from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from rwkvpeft.config.layer_profile import read_layer_profile
@@ -213,7 +214,7 @@ def check_paths(config: TrainConfig, findings: Findings) -> None:
     if config.method.adapter_init:
         _check_file("--adapter_init", config.method.adapter_init, findings)
     if config.data.data_file:
-        _check_data_files(config.data, findings)
+        check_data_files(config.data, findings)
     if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
         findings.add("--resume names no folder", found=config.output.resume, expected="auto, none, or a resume folder")
     check_folder("--proj_dir", Path(config.output.proj_dir), findings)
@@ -234,23 +235,6 @@ def _check_file(option: str, name: str, findings: Findings) -> None:
         f"{option} {folder / near}" if near else "check the path" if folder.is_dir() else f"there is no folder {folder}"
     )
     findings.add(f"{option} names a file that does not exist", found=name, fix=fix)
-
-
-def _check_data_files(data: DataConfig, findings: Findings) -> None:
-    if data.data_type == "jsonl":
-        missing = [] if Path(data.data_file).is_file() else [data.data_file]
-    else:
-        missing = [name for name in (f"{data.data_file}.bin", f"{data.data_file}.idx") if not Path(name).is_file()]
-    if not missing:
-        return
-    fix = "check the path; --data_file is the path without .bin and .idx"
-    if data.data_type == "jsonl":
-        fix = "check the path"
-    elif Path(data.data_file).is_file() or Path(f"{data.data_file}.jsonl").is_file():
-        fix = "--data_type jsonl, or python make_data.py FILE.jsonl first"
-    elif len(missing) == 1:
-        fix = "both files belong together: copy the missing one, or make them again with make_data.py"
-    findings.add("--data_file: a file is missing", found=f"no {' and no '.join(missing)}", fix=fix)
 
 
 def check_folder(option: str, folder: Path, findings: Findings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from rwkvpeft.config.check_long_context import long_context_remarks
 from rwkvpeft.config.checks import check_paths, check_values
+from rwkvpeft.config.data_files import is_jsonl, without_suffix
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.methods import members
@@ -86,10 +86,10 @@ def _by_method(values: dict[str, Any]) -> None:
 
 def _by_data(values: dict[str, Any]) -> None:
     data_file = str(values.get("data_file", ""))
-    if "data_type" not in values and data_file.endswith((".jsonl", ".json")):
+    if "data_type" not in values and data_file and is_jsonl(data_file):
         values["data_type"] = "jsonl"
-    if values.get("data_type", "binidx") == "binidx" and data_file.endswith((".bin", ".idx")):
-        values["data_file"] = os.path.splitext(data_file)[0]
+    if values.get("data_type", "binidx") == "binidx" and data_file:
+        values["data_file"] = without_suffix(data_file)
     if values.get("dataload") == "only":
         values.setdefault("micro_bsz", 1)
 

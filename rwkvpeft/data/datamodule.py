@@ -60,7 +60,7 @@ class TrainingData(pl.LightningDataModule):
     def steps_for(self, world_size: int) -> int:
         """``epoch_steps`` of a run with that many ranks."""
         rows_at_once = world_size * self.schedule.micro_bsz
-        return self.schedule.epoch_steps or -(-len(self.dataset) // rows_at_once)
+        return self.schedule.epoch_steps or -(-self.dataset.pass_rows // rows_at_once)
 
     @property
     def start_batch(self) -> int:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import replace
+from fractions import Fraction
+from typing import NamedTuple, TypeVar
 
+from rwkvpeft.config.data_files import data_files, format_of
 from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data.mixing import MixedDocuments, MixedRows
 from rwkvpeft.data.prime import is_prime, magic_prime
-from rwkvpeft.data.rows import DocumentRows, Row, RowDataset, WindowRows
+from rwkvpeft.data.rows import DocumentRows, Joining, Row, RowDataset, WindowRows
 from rwkvpeft.data.rules import mask_rule
+from rwkvpeft.data.sampling import mix
 from rwkvpeft.data.source import TokenSource
+from rwkvpeft.data.splitting import rule_for, shared_out, split_source
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import SOURCES, find
 
-__all__ = ["Row", "RowDataset", "open_dataset", "open_source"]
+__all__ = ["Row", "RowDataset", "open_dataset", "open_source", "open_split"]
+
+_JOININGS: dict[str, Joining] = {"pad": "equal", "only": "alone"}
+_SPLIT_SEED = 0
+_Rows = TypeVar("_Rows", WindowRows, DocumentRows)
 
 _SHOWN = 160
 _READ_TOKENS = 4096
@@ -25,7 +35,7 @@ def open_dataset(config: DataConfig, *, ctx_len: int, vocab_size: int, seed: int
     """Open the data of a run and refuse what cannot be trained on.
 
     Args:
-        config: the file, its format, how it becomes rows and what is trained. ``config.ctx_len`` is not read.
+        config: the files, their format, how they become rows and what is trained. ``config.ctx_len`` is not read.
         ctx_len: tokens in a row, the resolved value.
         vocab_size: token ids of the model; the data may hold no other.
         seed: of the order of rows.
@@ -33,33 +43,119 @@ def open_dataset(config: DataConfig, *, ctx_len: int, vocab_size: int, seed: int
         UserError: no such file, a damaged one, a token id the model does not have, too few tokens for ``get``, a
             magic prime that does not fit, or nothing that would be trained.
     """
-    source = open_source(config)
-    source.check(vocab_size)
-    rule = mask_rule(config)
-    shuffle = bool(config.data_shuffle)
-    dataset: RowDataset
-    if config.dataload == "get":
-        _check_length(source, ctx_len)
-        _check_magic_prime(source, config.magic_prime, ctx_len)
-        dataset = WindowRows(
-            source, rule, ctx_len, seed=seed, shuffle=shuffle, magic_prime=config.magic_prime
-        )
-    else:
-        dataset = DocumentRows(source, rule, ctx_len, seed=seed, shuffle=shuffle, pads=config.dataload == "pad")
-    dataset.tokenizer = config.tokenizer
-    if dataset.report().trained_tokens == 0:
-        raise _nothing_trained(dataset, config)
-    return dataset
+    return _rows(config, _open_parts(config, vocab_size), ctx_len, seed)
+
+
+def open_split(
+    config: DataConfig, share: float, *, ctx_len: int, vocab_size: int, seed: int
+) -> tuple[RowDataset, RowDataset]:
+    """``open_dataset`` without some of the documents, and the rows of those documents. No document is in both.
+
+    Which documents are held out does not depend on ``seed``: another run holds out the same.
+
+    Args:
+        share: below 1 the share of each file's documents that is held out, otherwise how many of all files together.
+        config, ctx_len, vocab_size, seed: as of ``open_dataset``.
+    Raises: UserError as ``open_dataset`` does, also if nothing in either part would be trained or a file has too few
+        documents.
+    """
+    parts = _open_parts(config, vocab_size)
+    shares: list[float] = [share] * len(parts)
+    if share >= 1:
+        shares = [*shared_out(round(share), [len(part.source) for part in parts])]
+    kept, held_out = [], []
+    for part, own in zip(parts, shares, strict=True):
+        trained, other = split_source(part.source, own, _SPLIT_SEED) if own else (part.source, None)
+        kept.append(part._replace(source=trained))
+        if other is not None:
+            held_out.append(part._replace(source=other))
+    return _rows(config, kept, ctx_len, seed), _rows(replace(config, magic_prime=0), held_out, ctx_len, seed)
 
 
 def open_source(config: DataConfig) -> TokenSource:
-    """The documents of ``--data_file``. A path that ends in .jsonl is read as jsonl whatever ``--data_type`` says.
+    """The documents of a ``--data_file`` of one part. A path in .jsonl is read so, whatever ``--data_type`` is.
 
-    Raises: UserError as the sources do.
+    Raises: UserError as the sources do, and for several parts.
     """
-    kind = "jsonl" if Path(config.data_file).suffix.lower() == ".jsonl" else config.data_type
-    source: TokenSource = find(SOURCES, kind, flag="--data_type")(config)
+    files = data_files(config.data_file)
+    if len(files) > 1:
+        raise UserError("--data_file names several files where one is needed", found=config.data_file)
+    return _open_file(config, files[0].path)
+
+
+class _Part(NamedTuple):
+    path: str
+    share: Fraction
+    source: TokenSource
+
+
+def _open_parts(config: DataConfig, vocab_size: int) -> list[_Part]:
+    parts = [_Part(*part, _open_file(config, part.path)) for part in data_files(config.data_file)]
+    if config.magic_prime and len(parts) > 1:
+        raise UserError(
+            "--magic_prime is the order of one data set",
+            found=f"{len(parts)} files in --data_file",
+            fix="one file, or leave --magic_prime out",
+        )
+    for part in parts:
+        part.source.check(vocab_size)
+    return parts
+
+
+def _open_file(config: DataConfig, path: str) -> TokenSource:
+    kind = format_of(path, config.data_type)
+    source: TokenSource = find(SOURCES, kind, flag="--data_type")(replace(config, data_file=path, data_type=kind))
     return source
+
+
+def _rows(config: DataConfig, parts: list[_Part], ctx_len: int, seed: int) -> RowDataset:
+    if config.dataload == "get":
+        windows = [_windows(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
+        return windows[0] if len(parts) == 1 else MixedRows(windows, *_mixture(parts))
+    documents = [_documents(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
+    return documents[0] if len(parts) == 1 else MixedDocuments(documents, *_mixture(parts))
+
+
+def _mixture(parts: list[_Part]) -> tuple[list[Fraction], list[str]]:
+    return [part.share for part in parts], [part.path for part in parts]
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Parts of one size are not to be drawn in one order."""
+    return mix(seed, number) if number else seed
+
+
+def _windows(config: DataConfig, source: TokenSource, ctx_len: int, seed: int) -> WindowRows:
+    _check_length(source, ctx_len)
+    _check_magic_prime(source, config.magic_prime, ctx_len)
+    rows = WindowRows(
+        source,
+        rule_for(source, mask_rule(config)),
+        ctx_len,
+        seed=seed,
+        shuffle=bool(config.data_shuffle),
+        magic_prime=config.magic_prime,
+    )
+    return _checked(rows, config)
+
+
+def _documents(config: DataConfig, source: TokenSource, ctx_len: int, seed: int) -> DocumentRows:
+    rows = DocumentRows(
+        source,
+        rule_for(source, mask_rule(config)),
+        ctx_len,
+        seed=seed,
+        shuffle=bool(config.data_shuffle),
+        joining=_JOININGS[config.dataload],
+    )
+    return _checked(rows, config)
+
+
+def _checked(rows: _Rows, config: DataConfig) -> _Rows:
+    rows.tokenizer = config.tokenizer
+    if rows.report().trained_tokens == 0:
+        raise _nothing_trained(rows, config)
+    return rows
 
 
 def _check_length(source: TokenSource, ctx_len: int) -> None:
@@ -85,7 +181,7 @@ def _check_magic_prime(source: TokenSource, prime: int, ctx_len: int) -> None:
     )
 
 
-def _nothing_trained(dataset: RowDataset, config: DataConfig) -> UserError:
+def _nothing_trained(dataset: WindowRows | DocumentRows, config: DataConfig) -> UserError:
     """The error that says why, with the first document shown."""
     source = dataset.source
     text = load_tokenizer(config.tokenizer).decode(source.read(0)[:_READ_TOKENS].tolist())
@@ -98,7 +194,7 @@ def _nothing_trained(dataset: RowDataset, config: DataConfig) -> UserError:
     )
 
 
-def _cause(dataset: RowDataset, config: DataConfig, text: str) -> tuple[str, str]:
+def _cause(dataset: WindowRows | DocumentRows, config: DataConfig, text: str) -> tuple[str, str]:
     """Why nothing is trained, and what to do."""
     if config.loss_mask not in ("qa", "se"):
         return "no document has two tokens", "longer documents"

@@ -140,7 +140,7 @@ def evaluation_batches(dataset: RowDataset, micro_bsz: int) -> Iterator[TokenBat
 
 def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:
     """Raises: UserError if rows that differ in length would have to share a batch."""
-    if dataset.varies and micro_bsz != 1:
+    if dataset.joining == "alone" and micro_bsz != 1:
         raise UserError(
             "--dataload only needs --micro_bsz 1, for its rows differ in length",
             found=f"--micro_bsz {micro_bsz}",
@@ -166,7 +166,8 @@ class _Steps(Dataset[tuple[list[Row], float]]):
 
 def _stack(rows: list[Row]) -> Row:
     """Rows of one length as one of arrays (B, T)."""
-    return Row(*(np.stack(column) for column in zip(*rows, strict=True)))
+    input_ids, labels, weights, _ = zip(*rows, strict=True)
+    return Row(np.stack(input_ids), np.stack(labels), np.stack(weights))
 
 
 def _weight_sum(rows: list[Row]) -> float:
@@ -174,7 +175,7 @@ def _weight_sum(rows: list[Row]) -> float:
 
 
 def _batch(rows: Row, step_weight: float) -> TokenBatch:
-    input_ids, labels, weights = (torch.from_numpy(array) for array in rows)
+    input_ids, labels, weights = (torch.from_numpy(array) for array in rows[:3])
     return TokenBatch(input_ids, labels, weights, torch.tensor(step_weight, dtype=torch.float64))
 
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MixedPart:
+    """One of several data sets: its share of the rows drawn, and how often it is seen in one pass."""
+
+    name: str
+    share: float
+    times: float
 
 
 @dataclass(frozen=True)
@@ -18,6 +28,7 @@ class DataReport:
         cut_endings: documents whose final 0 lies beyond the row, so that their end is never learnt.
         empty_rows: rows without a trained token, which are left out.
         scanned_documents: how many documents, from the first, the counts of trained tokens and empty rows are about.
+        mixed: the parts of a mixture; empty for one data set.
     """
 
     documents: int
@@ -29,6 +40,18 @@ class DataReport:
     cut_endings: int
     empty_rows: int
     scanned_documents: int
+    mixed: tuple[MixedPart, ...] = ()
+
+    @staticmethod
+    def of_all(reports: Sequence[DataReport], mixed: tuple[MixedPart, ...]) -> DataReport:
+        """The counts of several data sets together."""
+        summed = ("documents", "tokens", "rows", "trained_tokens", "cut_endings", "empty_rows", "scanned_documents")
+        return DataReport(
+            **{name: sum(getattr(report, name) for report in reports) for name in summed},
+            longest=max(report.longest for report in reports),
+            ctx_len=reports[0].ctx_len,
+            mixed=mixed,
+        )
 
     def render(self) -> str:
         """The counts as text; what needs attention stands on lines of its own."""
@@ -38,6 +61,11 @@ class DataReport:
             f"data: {_count(self.documents, 'document')}, {_count(self.tokens, 'token')}, the longest {self.longest:,}",
             f"rows: {self.rows:,} of at most {self.ctx_len:,} tokens, {self.trained_tokens:,} tokens trained{scope}",
         ]
+        if self.mixed:
+            parts = "; ".join(
+                f"{part.name} {100 * part.share:.3g} % of the rows, seen {part.times:.3g} times" for part in self.mixed
+            )
+            lines.append(f"mixed: in one pass {parts}")
         if self.cut_endings:
             share = 100 * self.cut_endings / self.documents
             lines.append(

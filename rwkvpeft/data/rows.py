@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkvpeft.data.report import DataReport
 from rwkvpeft.data.rules import MaskRule
-from rwkvpeft.data.sampling import magic_prime_window, random_start, sample_index
+from rwkvpeft.data.sampling import magic_prime_window, random_start, sample_index, sample_indices
 from rwkvpeft.data.source import TokenSource
 
 # more is not read before training starts, which would take minutes
@@ -19,13 +19,21 @@ SCANNED_TOKENS = 100_000_000
 
 _ATTEMPTS = 1000
 
+Joining = Literal["equal", "alone", "padded", "packed"]
+"""How rows share a batch: they are equally long; each is a batch alone; they are padded to the longest of them; or they
+lie one behind another, as the documents within them do."""
+
 
 class Row(NamedTuple):
-    """One row: ``input_ids`` and ``labels`` (T,) int64, the label being the next token; ``weights`` (T,) fp32."""
+    """One row: ``input_ids`` and ``labels`` (T,) int64, the label being the next token; ``weights`` (T,) fp32.
+
+    ``lengths`` are the tokens of each document of a packed row; None where nothing tells documents apart.
+    """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     weights: NDArray[np.float32]
+    lengths: tuple[int, ...] | None = None
 
 
 class Sample(NamedTuple):
@@ -46,27 +54,28 @@ class RowDataset(ABC):
 
     Attributes:
         ctx_len: tokens in a row, or the most a row may have.
-        varies: whether rows differ in length, so that they cannot share a batch.
-        source: the documents.
-        rule: what of a document is trained.
+        joining: how rows share a batch.
         tokenizer: name of the tokenizer that made the tokens.
     """
 
-    varies = False
+    joining: Joining = "equal"
     tokenizer = "world"
 
-    def __init__(self, source: TokenSource, rule: MaskRule, ctx_len: int) -> None:
-        self.source = source
-        self.rule = rule
+    def __init__(self, ctx_len: int) -> None:
         self.ctx_len = ctx_len
 
     @abstractmethod
     def __len__(self) -> int:
         """Rows that hold something to train."""
 
+    @property
+    def pass_rows(self) -> int:
+        """Rows that a run draws in its first pass over the data."""
+        return len(self)
+
     @abstractmethod
     def row(self, index: int) -> Row:
-        """Row ``index`` of a pass in the file's order."""
+        """Row ``index`` of all in the file's order."""
 
     @abstractmethod
     def draw(self, position: int) -> Sample:
@@ -81,18 +90,35 @@ class RowDataset(ABC):
         """Counts of the data and of what is trained in one pass."""
 
 
-class DocumentRows(RowDataset):
-    """``pad`` and ``only``: a row is a document, cut to ctx_len + 1 tokens.
+class DocumentDataset(RowDataset):
+    """Rows each of which is a document, in an order that can be told for many positions at once.
 
-    With ``pad`` all rows have ctx_len tokens: behind a short document the stream goes on, with weight 0. A document
-    without a trained token is left out; ``SCANNED_DOCUMENTS`` and ``SCANNED_TOKENS`` bound how far they are looked for.
+    Attributes:
+        lengths: (len,) tokens of each row that are the document's, the last of its tokens not among them.
+    """
+
+    lengths: NDArray[np.integer]
+
+    @abstractmethod
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows that a run draws at these positions: ``row`` of them gives what ``sample`` gives."""
+
+
+class DocumentRows(DocumentDataset):
+    """A row is a document, cut to ctx_len + 1 tokens.
+
+    If rows are to be ``equal``, all have ctx_len tokens: behind a short document the stream goes on, with weight 0. A
+    document without a trained token is left out; ``SCANNED_DOCUMENTS`` and ``SCANNED_TOKENS`` bound how far they are
+    looked for.
     """
 
     def __init__(
-        self, source: TokenSource, rule: MaskRule, ctx_len: int, *, seed: int, shuffle: bool, pads: bool
+        self, source: TokenSource, rule: MaskRule, ctx_len: int, *, seed: int, shuffle: bool, joining: Joining
     ) -> None:
-        super().__init__(source, rule, ctx_len)
-        self.varies = not pads
+        super().__init__(ctx_len)
+        self.source = source
+        self.rule = rule
+        self.joining = joining
         self._seed = seed
         self._shuffle = shuffle
         sizes = np.minimum(source.sizes, ctx_len + 1)
@@ -100,6 +126,7 @@ class DocumentRows(RowDataset):
         self._trained_tokens = int(trained[: self._scanned].sum())
         # beyond what was scanned a document counts as trained if it has a target at all
         self._documents = np.flatnonzero(trained > 0)
+        self.lengths = sizes[self._documents] - 1
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -108,10 +135,14 @@ class DocumentRows(RowDataset):
         """Document number ``index`` of those with something to train."""
         document = int(self._documents[index])
         length = min(int(self.source.sizes[document]), self.ctx_len + 1)
-        tokens = self.source.read(document)[:length] if self.varies else self._continued(document)
+        tokens = self._continued(document) if self.joining == "equal" else self.source.read(document)[:length]
         weights = np.zeros(len(tokens) - 1, dtype=np.float32)
         weights[: length - 1] = self.rule.weights(self.source, document, length)[1:]
         return _row(tokens, weights)
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See ``DocumentDataset``."""
+        return sample_indices(positions, len(self), self._seed, self._shuffle)
 
     def draw(self, position: int) -> Sample:
         """Each pass over the documents has its own order."""
@@ -143,7 +174,8 @@ class DocumentRows(RowDataset):
             return self.source.tokens(start, length)
         tokens = self.source.read(document)
         # a file shorter than a row is repeated
-        return np.concatenate([tokens, np.resize(self.source.stream[:length], max(0, length - len(tokens)))])[:length]
+        beginning = self.source.tokens(0, min(length, self.source.n_tokens))
+        return np.concatenate([tokens, np.resize(beginning, max(0, length - len(tokens)))])[:length]
 
 
 class WindowRows(RowDataset):
@@ -156,7 +188,9 @@ class WindowRows(RowDataset):
     def __init__(
         self, source: TokenSource, rule: MaskRule, ctx_len: int, *, seed: int, shuffle: bool, magic_prime: int
     ) -> None:
-        super().__init__(source, rule, ctx_len)
+        super().__init__(ctx_len)
+        self.source = source
+        self.rule = rule
         self._seed = seed
         self._shuffle = shuffle
         self._magic_prime = magic_prime

@@ -6,8 +6,12 @@ integer. Only integer arithmetic is used, which no library version changes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8
@@ -54,6 +58,50 @@ def permute(index: int, n: int, key: int) -> int:
         index = high << low_width | low
         if index < n:
             return index
+
+
+def sample_indices(positions: NDArray[np.int64], n: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
+    """``sample_index`` of many positions, ascending and without gaps, at once."""
+    passes, indices = np.divmod(positions, n)
+    if not shuffle or not len(positions):
+        return indices
+    bounds = [*np.flatnonzero(np.diff(passes, prepend=passes[0] - 1)).tolist(), len(positions)]
+    parts = [
+        permute_many(indices[begin:end], n, mix(seed, int(passes[begin])))
+        for begin, end in itertools.pairwise(bounds)
+    ]
+    return np.concatenate(parts)
+
+
+def permute_many(indices: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
+    """``permute`` of many numbers at once, in a small part of the time."""
+    bits = max(2, (n - 1).bit_length())
+    low_bits = bits // 2
+    # what ``mix`` has made of a round's key before it comes to the number, which is then the same for all numbers
+    begun = [mix(round_key) for round_key in _round_keys(key)]
+    permuted = indices.astype(np.uint64)
+    outside = np.arange(len(permuted))
+    while len(outside):
+        found = _permute_once(permuted[outside], low_bits, bits - low_bits, begun)
+        permuted[outside] = found
+        outside = outside[found >= n]
+    return permuted.astype(np.int64)
+
+
+def _permute_once(
+    values: NDArray[np.uint64], low_bits: int, high_bits: int, begun: list[int]
+) -> NDArray[np.uint64]:
+    shift = np.uint64(low_bits)
+    high, low = values >> shift, values & np.uint64((1 << low_bits) - 1)
+    high_width, low_width = high_bits, low_bits
+    for start in begun:
+        hashed = (np.uint64(start) ^ low) + np.uint64(0x9E3779B97F4A7C15)
+        hashed = (hashed ^ hashed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        hashed = (hashed ^ hashed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        hashed ^= hashed >> np.uint64(31)
+        high, low = low, high ^ hashed & np.uint64((1 << high_width) - 1)
+        high_width, low_width = low_width, high_width
+    return high << shift | low
 
 
 @lru_cache(maxsize=8)

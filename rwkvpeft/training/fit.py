@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.checkpoints.files import fingerprint
+from rwkvpeft.config.data_files import data_files
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
@@ -191,6 +192,13 @@ def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
 
 
 def _data_stamp(data_file: str) -> str:
+    parts = data_files(data_file)
+    if len(parts) == 1:
+        return _file_stamp(parts[0].path)
+    return "; ".join(f"{_file_stamp(part.path)}, share {part.share}" for part in parts)
+
+
+def _file_stamp(data_file: str) -> str:
     for path in (Path(data_file), Path(f"{data_file}.bin")):
         if path.is_file():
             return _stamp(path)

