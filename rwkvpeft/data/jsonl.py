@@ -18,6 +18,7 @@ from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.conversation import RecordError, Segment, segments
 from rwkvpeft.data.source import TokenSource
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from rwkvpeft.data.voices import Spoken, VoiceTable
 from rwkvpeft.errors import UserError
 
 BLOCK_BYTES = 1 << 22
@@ -165,10 +166,10 @@ class RecordSource(TokenSource):
         self.name = name
         stream = array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
         sizes = array("i")
-        trained = bytearray()
+        codes, table = bytearray(), VoiceTable()
         for record in records:
             try:
-                tokens, mask = tokenise(segments(record.value, text_key), tokenizer)
+                tokens, spoken = tokenise(segments(record.value, text_key), tokenizer, table)
             except (RecordError, UserError) as reason:
                 what = reason.what if isinstance(reason, UserError) else str(reason)
                 # tables hold values that JSON does not know, as dates
@@ -176,16 +177,16 @@ class RecordSource(TokenSource):
                 raise line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
             stream.extend(array(stream.typecode, tokens))
             sizes.append(len(tokens))
-            trained += mask.tobytes()
+            codes += spoken.tobytes()
         self.stream = _read_only(np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32))
         self.sizes = np.frombuffer(sizes, dtype=np.int32)
         self.starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
-        self._trained = _read_only(np.frombuffer(trained, dtype=np.uint8))
+        self._codes, self._voices = _read_only(np.frombuffer(codes, dtype=np.uint8)), table.voices
 
-    def trained(self, index: int) -> npt.NDArray[np.uint8]:
-        """For each token of document ``index``, 1 if an assistant says it. Known from the roles, not from the text."""
+    def spoken(self, index: int) -> Spoken:
+        """Who says each token of document ``index``. Known from the roles, not from the text."""
         start = int(self.starts[index])
-        return self._trained[start : start + int(self.sizes[index])]
+        return Spoken(self._codes[start : start + int(self.sizes[index])], self._voices)
 
 
 class JsonlSource(RecordSource):
@@ -201,24 +202,26 @@ def open_jsonl(config: DataConfig) -> JsonlSource:
     return JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key)
 
 
-def tokenise(parts: list[Segment], tokenizer: Tokenizer) -> tuple[list[int], npt.NDArray[np.uint8]]:
-    """A document's tokens, the final 0 included, and for each of them 1 if it is trained.
+def tokenise(
+    parts: list[Segment], tokenizer: Tokenizer, table: VoiceTable
+) -> tuple[list[int], npt.NDArray[np.uint8]]:
+    """A document's tokens, the final 0 included, and for each of them the number of its voice in ``table``.
 
     The joined text is tokenised as one, so that the tokens are those a model meets when it reads the text. A token
     that lies across a border belongs to the part it starts in; the final 0 belongs to the last part.
-    Raises: UserError if the text cannot be encoded.
+    Raises: UserError if the text cannot be encoded, or the voices are too many for the table.
     """
     tokens = tokenizer.encode("".join(part.text for part in parts))
     lengths = tokenizer.byte_lengths[np.array(tokens, dtype=np.int64)]
     starts = np.cumsum(lengths) - lengths
     part_ends = np.cumsum([len(tokenizer.to_bytes(part.text)) for part in parts])
-    is_trained = np.array([part.trained for part in parts], dtype=np.uint8)
-    mask = np.zeros(len(tokens) + 1, dtype=np.uint8)
+    codes = np.array([table.code(part.voice) for part in parts], dtype=np.uint8)
+    spoken = np.zeros(len(tokens) + 1, dtype=np.uint8)
     if parts:
-        mask[:-1] = is_trained[np.searchsorted(part_ends, starts, side="right")]
-        mask[-1] = is_trained[-1]
+        spoken[:-1] = codes[np.searchsorted(part_ends, starts, side="right")]
+        spoken[-1] = codes[-1]
     tokens.append(END_OF_DOCUMENT)
-    return tokens, mask
+    return tokens, spoken
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkvpeft.data.conversation import answer_spans
+from rwkvpeft.data.template import answer_spans, think_spans
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from rwkvpeft.errors import UserError
 
@@ -24,8 +24,8 @@ Spans = list[tuple[int, int]]
 QA_LOOKAHEAD = 64
 
 
-def qa_weights(tokens: Tokens, tokenizer: Tokenizer) -> Weights:
-    """Weights of the assistant's turns of one document, in the chat or the instruction layout.
+def qa_weights(tokens: Tokens, tokenizer: Tokenizer, last_only: bool = False) -> Weights:
+    """Weights of the assistant's turns of one document, or of the last one, in the chat or the instruction layout.
 
     A turn is trained from the colon of ``Assistant:`` (or ``Response:``) up to and with the blank line before the
     next turn, or up to and with the final token 0. A document that ends in ``Assistant:`` has no answer to train.
@@ -36,7 +36,27 @@ def qa_weights(tokens: Tokens, tokenizer: Tokenizer) -> Weights:
     Returns: (T,) fp32, 0 or 1.
     """
     unit = _unit(tokenizer)
-    return _weights(tokens, tokenizer, lambda body: _scaled(answer_spans(_narrow(body, unit)), unit))
+    first = -1 if last_only else 0
+    return _weights(tokens, tokenizer, lambda body: _scaled(answer_spans(_narrow(body, unit))[first:], unit))
+
+
+def outside_think(tokens: Tokens, tokenizer: Tokenizer) -> Weights:
+    """0 for what is thought in one document, 1 for the rest: what ``--mask_think`` multiplies weights by.
+
+    Thoughts stand between ``<think>`` and ``</think>``; the tags are none. In a conversation an assistant has them, and
+    where it does not close them they go on to the end of its turn; in another text to the end of that. Arguments and
+    result are those of ``qa_weights``.
+    """
+    unit = _unit(tokenizer)
+    inside = _weights(tokens, tokenizer, lambda body: _scaled(_thoughts(_narrow(body, unit)), unit))
+    return np.float32(1) - inside
+
+
+def _thoughts(document: bytes) -> Spans:
+    if b"<think>" not in document:
+        return []
+    spoken = answer_spans(document) or [(0, len(document))]
+    return [(start + one, start + two) for start, end in spoken for one, two in think_spans(document[start:end])]
 
 
 def se_weights(tokens: Tokens, tokenizer: Tokenizer, start: str, end: str) -> Weights:
@@ -65,7 +85,7 @@ def _weights(tokens: Tokens, tokenizer: Tokenizer, find_spans: Callable[[bytes],
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
     spans: Spans = []
-    for begin, end in _documents(tokens, _unit(tokenizer)):
+    for begin, end in _documents(tokens, tokenizer):
         has_end = tokens[end - 1] == END_OF_DOCUMENT
         body = slice(int(starts[begin]), int(starts[end - 1] if has_end else ends[end - 1]))
         found = [(body.start + one, body.start + two) for one, two in find_spans(text[body]) if one < two]
@@ -89,10 +109,10 @@ def _require_known(tokens: Tokens, tokenizer: Tokenizer) -> None:
         )
 
 
-def _documents(tokens: Tokens, unit: int) -> Iterator[tuple[int, int]]:
+def _documents(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
     """Where documents begin and end, their final token 0 included."""
     # in two-byte encodings half of the bytes are 0, so there a 0 inside tells nothing
-    inner = (np.flatnonzero(tokens == END_OF_DOCUMENT) + 1).tolist() if unit == 1 else []
+    inner = [] if tokenizer.end_token is None else (np.flatnonzero(tokens == END_OF_DOCUMENT) + 1).tolist()
     begin = 0
     for end in [*inner, len(tokens)]:
         if end > begin:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rwkvpeft.data.voices import Spoken
 from rwkvpeft.errors import ContractError, UserError
 
 Tokens = npt.NDArray[np.integer[Any]]
@@ -41,6 +42,10 @@ class TokenSource:
         """The tokens of document ``index``, its final 0 included; read-only. Raises: IndexError."""
         start = int(self.starts[index])
         return self.stream[start : start + int(self.sizes[index])]
+
+    def spoken(self, index: int) -> Spoken | None:
+        """Who says each token of document ``index``; None where nothing but its text tells. Raises: IndexError."""
+        return None
 
     def tokens(self, start: int, length: int) -> Tokens:
         """``length`` tokens of the stream from ``start``, across documents; read-only.

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rwkvpeft.data.conversation import SEPARATOR, clean_turn
+from rwkvpeft.data.template import SEPARATOR, chat_prompt
 from rwkvpeft.generation.generate import TextGenerator
 from rwkvpeft.generation.sampling import Sampler, SamplingConfig
 from rwkvpeft.models.state import RecurrentState
 
 STOP = (f"{SEPARATOR}User:", f"{SEPARATOR}System:")
-
-
-def chat_prompt(question: str) -> str:
-    """A user's turn and the beginning of the answer, as training data have it."""
-    return f"User: {clean_turn(question)}{SEPARATOR}Assistant:"
 
 
 class Chat:

@@ -58,7 +58,8 @@ def test_the_answer_is_trained_from_the_colon_to_the_separator():
 
 
 def test_a_response_is_trained():
-    assert segments({"instruction": "Add", "output": "3"})[-1] == (" 3", True)
+    last = segments({"instruction": "Add", "output": "3"})[-1]
+    assert (last.text, last.trained) == (" 3", True)
 
 
 def test_the_input_of_an_instruction_is_not_trained():
@@ -96,7 +97,7 @@ def test_a_header_in_the_middle_of_a_line_starts_no_turn():
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"prompt": "a", "completion": "b"}, ['"prompt", "completion"', "messages"]),
+        ({"prompt": "a", "chosen": "b"}, ['"prompt", "chosen"', "messages"]),
         ({}, ["no field"]),
         ({"text": 5}, ['"text" must be text', "a number"]),
         ({"text": None}, ["null"]),

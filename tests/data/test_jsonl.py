@@ -116,7 +116,7 @@ def test_only_the_assistants_tokens_are_trained_and_the_end_is_too(jsonl):
     turns = [("user", "Hi, you?"), ("assistant", "Fine, 你好"), ("user", "Why?"), ("assistant", "Because.")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
     source = JsonlSource(jsonl(json.dumps(record)), tokenizer)
-    tokens, mask = source.read(0).tolist(), source.trained(0)
+    tokens, mask = source.read(0).tolist(), source.spoken(0).answers()
     assert tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if m]) == " Fine, 你好\n\n Because."
     assert mask[-1] == 1
     assert tokens[:-1] == tokenizer.encode(tokenizer.decode(tokens))
@@ -124,7 +124,7 @@ def test_only_the_assistants_tokens_are_trained_and_the_end_is_too(jsonl):
 
 def test_a_last_turn_of_the_user_leaves_the_end_untrained(jsonl):
     record = {"messages": [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Bye"}]}
-    assert JsonlSource(jsonl(json.dumps(record)), load_tokenizer("bytes")).trained(0)[-1] == 0
+    assert JsonlSource(jsonl(json.dumps(record)), load_tokenizer("bytes")).spoken(0).answers()[-1] == 0
 
 
 def test_a_record_that_is_no_document_is_named(jsonl):

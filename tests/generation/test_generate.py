@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rwkvpeft.data.template import chat_prompt
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
-from rwkvpeft.generation.chat import Chat, chat_prompt
+from rwkvpeft.generation.chat import Chat
 from rwkvpeft.generation.generate import StopGate, TextGenerator
 from rwkvpeft.generation.sampling import Sampler, SamplingConfig
 
