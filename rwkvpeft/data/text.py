@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkvpeft.config.check_sources import TEXTS
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.source import Tokens, TokenSource
+from rwkvpeft.data.source import TokenSource
 from rwkvpeft.data.tokenizer import CharacterTokenizer, Tokenizer, load_tokenizer
 from rwkvpeft.data.vocabulary import write_characters
 from rwkvpeft.errors import UserError
@@ -24,21 +25,21 @@ _LARGEST = np.iinfo(np.int32).max
 
 
 class TextSource(TokenSource):
-    """One text as one document. ``vocabulary`` is what its tokens are of, ``is_new`` if it was made of this text."""
+    """One text as one document."""
 
-    def __init__(self, name: str, text: str, vocabulary: Tokenizer, is_new: bool) -> None:
-        """Raises: UserError if the text is empty or too long, or holds what the vocabulary does not."""
+    def __init__(self, name: str, text: str, tokenizer: Tokenizer) -> None:
+        """Raises: UserError if the text is empty or too long, or holds what the tokenizer does not know."""
         self.name = name
-        self.vocabulary = vocabulary
-        self.is_new = is_new
         try:
-            tokens = _encode(text, vocabulary)
+            tokens = tokenizer.encode(text)
         except UserError as reason:
             raise UserError(f"{name}: {reason.what}", found=reason.found, expected=reason.expected) from reason
+        if tokens and tokenizer.end_token is not None:
+            tokens.append(tokenizer.end_token)
         if not 0 < len(tokens) <= _LARGEST:
-            raise UserError(f"{name} is {'too long for one text' if len(tokens) else 'empty'}", found=len(tokens))
-        tokens.flags.writeable = False
-        self.stream = tokens
+            raise UserError(f"{name} is {'too long for one text' if tokens else 'empty'}", found=f"{len(tokens)} tokens")
+        self.stream = np.array(tokens, dtype=np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+        self.stream.flags.writeable = False
         self.starts = np.zeros(1, dtype=np.int64)
         self.sizes = np.array([len(tokens)], dtype=np.int32)
 
@@ -46,32 +47,37 @@ class TextSource(TokenSource):
 def open_text(config: DataConfig) -> TextSource:
     """The text of ``--data_file``, or the sums of ``dummy``, in the vocabulary that ``--tokenizer`` names.
 
-    A path of a ``vocab.json`` that is not there yet means: the characters of this text.
-
     Raises: UserError if the file cannot be read in its encoding, is empty, or does not fit the vocabulary.
     """
-    is_dummy = config.data_type == "dummy"
-    text = _sums() if is_dummy else read_text(config.data_file, config.data_type)
-    name = "dummy" if is_dummy else config.data_file
-    if not _is_to_be_made(config.tokenizer):
-        return TextSource(name, text, load_tokenizer(config.tokenizer), is_new=False)
-    return TextSource(name, text, CharacterTokenizer(sorted(set(text)), config.tokenizer), is_new=True)
+    text = _text(config)
+    name = "dummy" if config.data_type == "dummy" else config.data_file
+    return TextSource(name, text, _tokenizer(config, text))
 
 
-def write_vocabulary(source: TokenSource) -> None:
-    """Write the ``vocab.json`` of a text if it was made of it. Raises: UserError if that cannot be written."""
-    if isinstance(source, TextSource) and source.is_new and isinstance(source.vocabulary, CharacterTokenizer):
-        write_characters(Path(source.vocabulary.name), source.vocabulary.characters)
+def data_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of a run's data, also where it is still to be made of them; ``vocab_size`` ids are what a model of
+    these data needs.
 
+    A text whose ``--tokenizer`` is the path of a .json file that is not there yet has a vocabulary of its characters.
 
-def vocabulary_size(config: DataConfig) -> int:
-    """How many token ids a model of these data needs: those of the text's vocabulary, else of ``--tokenizer``.
-
-    Raises: UserError as ``open_text`` and ``load_tokenizer``.
+    Raises: UserError as ``load_tokenizer``, or if the text cannot be read.
     """
-    if config.data_type in ("utf-8", "utf-16le", "dummy"):
-        return open_text(config).vocabulary.vocab_size
-    return load_tokenizer(config.tokenizer).vocab_size
+    return _tokenizer(config, _text(config)) if is_to_be_made(config) else load_tokenizer(config.tokenizer)
+
+
+def keep_vocabulary(config: DataConfig) -> None:
+    """Write the vocabulary that was made of a text where ``--tokenizer`` says, for what reads the model later.
+
+    Raises: UserError if it cannot be written.
+    """
+    if is_to_be_made(config):
+        write_characters(Path(config.tokenizer), _characters(_text(config)))
+
+
+def is_to_be_made(config: DataConfig) -> bool:
+    """Whether the tokenizer of the data has to be made of them."""
+    name = config.tokenizer
+    return config.data_type in TEXTS and name.lower().endswith(".json") and not Path(name).exists()
 
 
 def read_text(path: str, encoding: str) -> str:
@@ -88,15 +94,18 @@ def read_text(path: str, encoding: str) -> str:
         raise UserError(f"cannot read {path}", found=reason.strerror, fix="check the path") from reason
 
 
-def _is_to_be_made(tokenizer: str) -> bool:
-    return tokenizer.lower().endswith(".json") and not Path(tokenizer).exists()
+def _tokenizer(config: DataConfig, text: str) -> Tokenizer:
+    if is_to_be_made(config):
+        return CharacterTokenizer(_characters(text), config.tokenizer)
+    return load_tokenizer(config.tokenizer)
 
 
-def _encode(text: str, vocabulary: Tokenizer) -> Tokens:
-    tokens = vocabulary.encode(text)
-    if vocabulary.end_token is not None:
-        tokens.append(vocabulary.end_token)
-    return np.array(tokens, dtype=np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.int32)
+def _characters(text: str) -> list[str]:
+    return sorted(set(text))
+
+
+def _text(config: DataConfig) -> str:
+    return _sums() if config.data_type == "dummy" else read_text(config.data_file, config.data_type)
 
 
 def _sums() -> str:
