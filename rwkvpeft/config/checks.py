@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_regularisers import check_regularisers
+from rwkvpeft.config.check_sources import check_vocabulary
 from rwkvpeft.config.data_files import check_data_files
 from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -215,6 +216,7 @@ def check_paths(config: TrainConfig, findings: Findings) -> None:
         _check_file("--adapter_init", config.method.adapter_init, findings)
     if config.data.data_file:
         check_data_files(config.data, findings)
+        check_vocabulary(config.data, config.model.load_model, findings)
     if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
         findings.add("--resume names no folder", found=config.output.resume, expected="auto, none, or a resume folder")
     check_folder("--proj_dir", Path(config.output.proj_dir), findings)

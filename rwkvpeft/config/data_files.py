@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkvpeft.config.check_sources import check_source_file, check_sources
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.errors import UserError
@@ -15,6 +16,7 @@ from rwkvpeft.errors import UserError
 # no letter may follow the colon, as it does in C:\data
 _SHARE = re.compile(r":(\d+(?:\.\d+)?|\.\d+)$")
 _JSONL = (".jsonl", ".json")
+_TABLES = (".parquet", ".csv")
 # what these name is looked for where it is opened
 _NOT_FILES = ("sft", "dummy")
 
@@ -50,7 +52,10 @@ def _part(text: str) -> DataFile:
 def format_of(path: str, data_type: str) -> str:
     """The format of one part: what its name tells, otherwise ``data_type``."""
     suffix = Path(path).suffix.lower()
-    return "jsonl" if suffix == ".jsonl" or (suffix == ".json" and data_type == "binidx") else data_type
+    if suffix in _TABLES:
+        return "sft"
+    named_jsonl = suffix == ".jsonl" or (suffix == ".json" and data_type == "binidx")
+    return "jsonl" if named_jsonl and data_type != "sft" else data_type
 
 
 def without_suffix(data_file: str) -> str:
@@ -65,7 +70,7 @@ def is_jsonl(data_file: str) -> bool:
 
 
 def check_data_files(data: DataConfig, findings: Findings) -> None:
-    """Note every part of ``--data_file`` that is not there."""
+    """Note every part of ``--data_file`` that is not there, and every setting that their formats do not honour."""
     try:
         parts = data_files(data.data_file)
     except UserError as error:
@@ -73,9 +78,13 @@ def check_data_files(data: DataConfig, findings: Findings) -> None:
         return
     for part in parts:
         _check_part(part.path, format_of(part.path, data.data_type), parts, findings)
+    check_sources(data, [format_of(part.path, data.data_type) for part in parts], findings)
 
 
 def _check_part(path: str, data_type: str, parts: Sequence[DataFile], findings: Findings) -> None:
+    if data_type not in ("binidx", "jsonl"):
+        check_source_file(path, data_type, findings)
+        return
     missing = _missing(path, data_type)
     if not missing:
         return
@@ -92,7 +101,5 @@ def _check_part(path: str, data_type: str, parts: Sequence[DataFile], findings: 
 
 
 def _missing(path: str, data_type: str) -> list[str]:
-    if data_type in _NOT_FILES:
-        return []
     names = [f"{path}.bin", f"{path}.idx"] if data_type == "binidx" else [path]
     return [name for name in names if not Path(name).is_file()]

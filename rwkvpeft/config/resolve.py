@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkvpeft.config.check_long_context import long_context_remarks
+from rwkvpeft.config.check_sources import by_source
 from rwkvpeft.config.checks import check_paths, check_values
 from rwkvpeft.config.data_files import is_jsonl, without_suffix
 from rwkvpeft.config.findings import Findings
@@ -90,6 +91,7 @@ def _by_data(values: dict[str, Any]) -> None:
         values["data_type"] = "jsonl"
     if values.get("data_type", "binidx") == "binidx" and data_file:
         values["data_file"] = without_suffix(data_file)
+    by_source(values)
     if values.get("dataload") == "only":
         values.setdefault("micro_bsz", 1)
 
