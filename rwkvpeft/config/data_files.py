@@ -17,8 +17,6 @@ from rwkvpeft.errors import UserError
 _SHARE = re.compile(r":(\d+(?:\.\d+)?|\.\d+)$")
 _JSONL = (".jsonl", ".json")
 _TABLES = (".parquet", ".csv")
-# what these name is looked for where it is opened
-_NOT_FILES = ("sft", "dummy")
 
 
 class DataFile(NamedTuple):
