@@ -51,6 +51,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
+    from rwkvpeft.data.text import data_tokenizer, keep_vocabulary
     from rwkvpeft.memory import with_level
     from rwkvpeft.training.fit import fit
     from rwkvpeft.training.optimizers.contract import find_optimizer
@@ -71,7 +72,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         longest = assemble.with_longest_row(config, dataset.report().longest)
         assemble.check_fits(base, longest)
     if config.data.preview:
-        print(preview(dataset, config.data.preview, color=sys.stdout.isatty()))
+        print(preview(dataset, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
         return 0
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
@@ -85,6 +86,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     for line in [*remarks, *more, *report.start_lines(config, base, model, data, chosen, recompute)]:
         _say(line)
     if _is_first_process():
+        keep_vocabulary(config.data)
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", config)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,

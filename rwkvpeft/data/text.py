@@ -37,7 +37,8 @@ class TextSource(TokenSource):
         if tokens and tokenizer.end_token is not None:
             tokens.append(tokenizer.end_token)
         if not 0 < len(tokens) <= _LARGEST:
-            raise UserError(f"{name} is {'too long for one text' if tokens else 'empty'}", found=f"{len(tokens)} tokens")
+            what = "too long for one text" if tokens else "empty"
+            raise UserError(f"{name} is {what}", found=f"{len(tokens)} tokens")
         self.stream = np.array(tokens, dtype=np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         self.stream.flags.writeable = False
         self.starts = np.zeros(1, dtype=np.int64)
