@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 _LARGE_LINEAR = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|output|gate)\.weight")
 
+_IN_BLOCK = re.compile(r"(blocks\.\d+)\.(\w+)\.(.+)")
+
 
 def is_large_linear(name: str) -> bool:
     """Whether a tensor of that name is one of the blocks' matrices, which hold most of a model's weights."""
@@ -22,6 +24,30 @@ def is_large_linear(name: str) -> bool:
 def is_state(name: str) -> bool:
     """Whether a tensor of that name is what a layer starts from; the recurrence takes it in fp32 in any run."""
     return name.endswith((".time_state", ".shift_state"))
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a trained tensor belongs to, for statistics of each part.
+
+    ``emb``, ``head``, ``ln_out``; of block L: ``blocks.L.norms`` and, for its time and its channel mixing,
+    ``blocks.L.att``, the matrices, ``blocks.L.att.time``, what mixes tokens and steers the memory,
+    ``blocks.L.att.norms``, ``blocks.L.att.state`` and ``blocks.L.att.adapter``, whatever an adapter has added.
+    """
+    found = _IN_BLOCK.fullmatch(name)
+    if found is None:
+        top, _, rest = name.partition(".")
+        return top if rest in ("weight", "bias") else f"{top}.adapter"
+    block, module, rest = found.groups()
+    if module.startswith("ln"):
+        return f"{block}.norms"
+    here = f"{block}.{module}"
+    if is_large_linear(name):
+        return here
+    if is_state(name):
+        return f"{here}.state"
+    if rest.startswith("ln_x."):
+        return f"{here}.norms"
+    return f"{here}.adapter" if "." in rest else f"{here}.time"
 
 
 class TensorName(NamedTuple):

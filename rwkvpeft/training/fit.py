@@ -20,7 +20,6 @@ from tqdm import tqdm
 from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.checkpoints.files import fingerprint
-from rwkvpeft.config.data_files import data_files
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
@@ -28,6 +27,7 @@ from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.callbacks.metrics import Metrics
+from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
@@ -109,7 +109,11 @@ def fit(
         report=say,
     )
     saving = _saving(config, adapter, recipe, essentials, point, say)
-    callbacks = [Metrics(config.output, asdict(config), say), Progress(say), saving]
+    metrics = Metrics(config.output, asdict(config), say)
+    callbacks: list[pl.Callback] = [metrics, Progress(say), saving]
+    if config.evaluation.log_parts:
+        folder = Path(config.output.proj_dir)
+        callbacks.insert(1, PartStatistics(folder, config.evaluation.log_parts, metrics.send))
     with _quiet_lightning(), matmul_precision(precision):
         trainer = pl.Trainer(
             **arguments,
@@ -149,8 +153,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "base model": recipe.base_fingerprint,
         "data": _data_stamp(data.data_file),
         **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_id", "data_shuffle",
-                                                  "tokenizer", "text_key", "data_type",
-                                                  "sft_field", "sft_split", "my_sample_len", "magic_prime")},
+                                                  "tokenizer", "text_key", "magic_prime")},
         "epoch_steps": plan.epoch_steps,
         **{name: getattr(schedule, name) for name in ("epoch_count", "epoch_begin", "micro_bsz",
                                                       "accumulate_grad_batches", "lr_init", "lr_final",
@@ -193,13 +196,6 @@ def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
 
 
 def _data_stamp(data_file: str) -> str:
-    parts = data_files(data_file)
-    if len(parts) == 1:
-        return _file_stamp(parts[0].path)
-    return "; ".join(f"{_file_stamp(part.path)}, share {part.share}" for part in parts)
-
-
-def _file_stamp(data_file: str) -> str:
     for path in (Path(data_file), Path(f"{data_file}.bin")):
         if path.is_file():
             return _stamp(path)

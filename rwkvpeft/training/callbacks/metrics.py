@@ -19,6 +19,8 @@ import pytorch_lightning as pl
 from rwkvpeft.atomic import write_whole, writing
 from rwkvpeft.config.groups import OutputConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.training.callbacks.lines import keep_lines, read_records
+from rwkvpeft.training.history import EvaluationRecord
 from rwkvpeft.training.module import RunProgress, RwkvModule, StepRecord
 
 _MOST_POINTS = 2000
@@ -32,10 +34,18 @@ class Metrics(pl.Callback):
     Args:
         settings: the run's settings, for Weights & Biases.
         report: takes a line of text.
+        evaluation: tells the newest evaluation, if there is one; a callback before this one makes them.
     """
 
-    def __init__(self, output: OutputConfig, settings: dict[str, Any], report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        output: OutputConfig,
+        settings: dict[str, Any],
+        report: Callable[[str], None],
+        evaluation: Callable[[], EvaluationRecord | None] = lambda: None,
+    ) -> None:
         super().__init__()
+        self._evaluation = evaluation
         self._folder = Path(output.proj_dir)
         self._wandb_project = output.wandb
         self._settings = settings
@@ -53,12 +63,14 @@ class Metrics(pl.Callback):
         steps, epochs = self._folder / "loss_data.jsonl", self._folder / "train_log.txt"
         with writing(steps):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _keep_lines(steps, lambda line: json.loads(line)["step"] <= progress.step)
+            keep_lines(steps, lambda line: json.loads(line)["step"] <= progress.step)
             first_unfinished = plan.epoch_begin + progress.batches // plan.epoch_steps
-            _keep_lines(epochs, lambda line: int(line.split()[0]) < first_unfinished)
+            keep_lines(epochs, lambda line: int(line.split()[0]) < first_unfinished)
             self._steps = steps.open("a", encoding="utf-8")
         if self._wandb_project:
             self._wandb = start_wandb(self._wandb_project, self._folder, self._settings, self._report)
+            if figures := self._losses(progress.step):
+                self.send(figures, progress.step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,16 +85,29 @@ class Metrics(pl.Callback):
             self._steps.write(json.dumps(line) + "\n")
             # a crash must not take lines that a resume point counts on
             self._steps.flush()
-        if self._wandb is not None:
-            self._wandb.log(line, step=record.step)
+        self.send({**line, **self._losses(record.step)}, record.step)
         if pl_module.mini_epoch_done:
             self._finish_epoch(record, pl_module.progress)
+
+    def send(self, figures: dict[str, Any], step: int) -> None:
+        """Send further figures of a step to Weights & Biases, if the run is followed there."""
+        if self._wandb is not None:
+            self._wandb.log(figures, step=step)
+
+    def _losses(self, step: int) -> dict[str, float]:
+        """What was evaluated after this step."""
+        found = self._evaluation()
+        if found is None or found.step != step:
+            return {}
+        figures = {"val_loss": found.val_loss, "general_loss": found.general_loss}
+        return {name: value for name, value in figures.items() if value is not None}
 
     def _finish_epoch(self, record: StepRecord, progress: RunProgress) -> None:
         loss = progress.loss_sum / progress.weight_sum if progress.weight_sum else math.nan
         perplexity = math.exp(min(loss, 700.0))
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        line = f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {record.epoch}\n"
+        held_out = "".join(f" {name} {value:.6f}" for name, value in self._losses(record.step).items())
+        line = f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {record.epoch}{held_out}\n"
         path = self._folder / "train_log.txt"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -96,7 +121,7 @@ class Metrics(pl.Callback):
             self._draws = False
             self._report("loss.png is not drawn: matplotlib is missing (pip install 'rwkvpeft[plot]')")
             return
-        draw_loss(self._folder / "loss_data.jsonl", self._folder / "loss.png")
+        draw_loss(self._folder / "loss_data.jsonl", self._folder / "loss.png", self._folder / "val_data.jsonl")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the files."""
@@ -129,38 +154,32 @@ def _step_line(record: StepRecord) -> dict[str, Any]:
     }
 
 
-def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
-    """Drop a file's lines from the first that is not wanted, or cannot be read, on."""
-    if not path.exists():
-        return
-    kept = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                if not line.endswith("\n") or not wanted(line):
-                    break
-            except (ValueError, KeyError, IndexError):
-                # the half line of a crash
-                break
-            kept.append(line)
-    write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
-
-
-def draw_loss(data: Path, picture: Path) -> None:
-    """Draw the losses of a ``loss_data.jsonl``; long runs are thinned out to their means."""
+def draw_loss(data: Path, picture: Path, evaluations: Path | None = None) -> None:
+    """Draw the losses of a ``loss_data.jsonl``, thinned out to their means where there are many, and with them the
+    held-out losses of a ``val_data.jsonl``, if there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with data.open(encoding="utf-8") as file:
-        points = [(line["step"], line["loss"]) for line in map(json.loads, file)]
-    width = max(1, math.ceil(len(points) / _MOST_POINTS))
-    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    steps, losses = thinned([(line["step"], line["loss"]) for line in read_records(data)])
+    held_out = read_records(evaluations) if evaluations is not None else []
+    points = [(line["step"], line["val_loss"]) for line in held_out if line["val_loss"] is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title="training loss")
-    axes.plot([group[-1][0] for group in groups], [sum(loss for _, loss in group) / len(group) for group in groups])
+    axes.plot(steps, losses, label="training")
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="held out")
+        axes.set_title("loss")
+        axes.legend()
     axes.grid(alpha=0.3)
     write_whole(picture, lambda partial: figure.savefig(partial, format="png", dpi=120))
+
+
+def thinned(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Steps and values, of which neighbours are replaced by their mean where there are more than a picture shows."""
+    width = max(1, math.ceil(len(points) / _MOST_POINTS))
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [group[-1][0] for group in groups], [sum(value for _, value in group) / len(group) for group in groups]
 
 
 def start_wandb(project: str, folder: Path, settings: dict[str, Any], report: Callable[[str], None]) -> Any:
