@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.checkpoints.files import fingerprint
+from rwkvpeft.config.data_files import data_files
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
@@ -153,7 +154,8 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "base model": recipe.base_fingerprint,
         "data": _data_stamp(data.data_file),
         **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_id", "data_shuffle",
-                                                  "tokenizer", "text_key", "magic_prime")},
+                                                  "tokenizer", "text_key", "data_type",
+                                                  "sft_field", "sft_split", "my_sample_len", "magic_prime")},
         "epoch_steps": plan.epoch_steps,
         **{name: getattr(schedule, name) for name in ("epoch_count", "epoch_begin", "micro_bsz",
                                                       "accumulate_grad_batches", "lr_init", "lr_final",
@@ -196,6 +198,13 @@ def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
 
 
 def _data_stamp(data_file: str) -> str:
+    parts = data_files(data_file)
+    if len(parts) == 1:
+        return _file_stamp(parts[0].path)
+    return "; ".join(f"{_file_stamp(part.path)}, share {part.share}" for part in parts)
+
+
+def _file_stamp(data_file: str) -> str:
     for path in (Path(data_file), Path(f"{data_file}.bin")):
         if path.is_file():
             return _stamp(path)
