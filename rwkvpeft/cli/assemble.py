@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,7 +69,7 @@ class Base:
 
     path: str
     shape: ModelShape
-    tensors: MappedTensors
+    tensors: Mapping[str, torch.Tensor]
     outline: dict[str, torch.Tensor]
     """Shapes and dtypes of the model's tensors."""
     packed: Quantisation
@@ -353,7 +354,8 @@ def make_recipe(base: Base, config: TrainConfig, adapter: Adapter | None) -> Rec
         config=adapter.settings() if adapter else {},
         train_parts=list(adapter.parts.names) if adapter else [],
         base_model=base.path.replace("\\", "/").rpartition("/")[2],
-        base_fingerprint=model_fingerprint(base.path),
+        # weights that are still to be drawn have none
+        base_fingerprint=model_fingerprint(base.path) if base.tensors else "",
         quant=stored.quant,
         quant_double=stored.double,
         quant_head=stored.head,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
-from rwkvpeft.config.groups import ModelConfig, TrainConfig
+from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.parse import parse_train
 from rwkvpeft.config.resolve import Machine, resolve
 from rwkvpeft.errors import UserError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rwkvpeft.checkpoints.quantised import Quantisation
     from rwkvpeft.models.shape import ModelShape
 
-_SIZES = ("my_testing", "n_layer", "n_embd", "vocab_size")
 _STEPS_LOOKED_AT = 50
 _TERMS = {
     "frozen": "frozen weights",
@@ -54,7 +53,7 @@ def _plan(words: list[str]) -> int:
     memory = _gigabytes(flags.gpu_memory)
     machine, available = _machine(given, memory)
     config, remarks = resolve(given, machine, planned=True)
-    shape, packed = _sizes(config.model)
+    shape, packed = _sizes(config)
     for line in [*remarks, *_lines(shape, packed, config, machine.device_type, available)]:
         print(line)
     if config.runtime.debug and memory is None:
@@ -89,36 +88,14 @@ def _machine(given: dict[str, Any], memory: int | None) -> tuple[Machine, int | 
     return machine, total_memory(machine.device_type)
 
 
-def _sizes(model: ModelConfig) -> tuple[ModelShape, Quantisation]:
+def _sizes(config: TrainConfig) -> tuple[ModelShape, Quantisation]:
     """Of the checkpoint, or as typed.
 
     Raises: UserError if neither tells them.
     """
-    from rwkvpeft.checkpoints.quantised import Quantisation
-    from rwkvpeft.cli.assemble import open_base
-    from rwkvpeft.models.shape import new_shape
+    from rwkvpeft.cli.scratch import planned_shape
 
-    if model.load_model:
-        base = open_base(model)
-        return base.shape, base.packed
-    version, n_layer, n_embd, vocab_size = model.my_testing, model.n_layer, model.n_embd, model.vocab_size
-    if not version or not n_layer or not n_embd or not vocab_size:
-        missing = [f"--{name}" for name in _SIZES if not getattr(model, name)]
-        raise UserError(
-            "the model's sizes are not known",
-            found=f"neither --load_model nor {', '.join(missing)}",
-            fix="--load_model FILE, or --my_testing x070 --n_layer 32 --n_embd 2560 --vocab_size 65536",
-        )
-    shape = new_shape(
-        version,
-        n_layer=n_layer,
-        n_embd=n_embd,
-        vocab_size=vocab_size,
-        head_size=model.head_size_a or 64,
-        dim_att=model.dim_att or 0,
-        dim_ffn=model.dim_ffn or 0,
-    )
-    return shape, Quantisation()
+    return planned_shape(config)
 
 
 def _lines(

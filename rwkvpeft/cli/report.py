@@ -18,16 +18,22 @@ _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 
 
 def start_lines(
-    config: TrainConfig, base: Base, model: Rwkv, data: TrainingData, chosen: Chosen, recompute: LevelChoice
+    config: TrainConfig,
+    base: Base,
+    origin: str,
+    model: Rwkv,
+    data: TrainingData,
+    chosen: Chosen,
+    recompute: LevelChoice,
 ) -> list[str]:
-    """One line for each thing a user may want to stop the run for."""
+    """One line for each thing a user may want to stop the run for. ``origin`` says what begins otherwise than usual."""
     runtime = config.runtime
     schedule = config.schedule
     return [
-        *_model_lines(config, base, model),
+        *_model_lines(config, base, origin, model),
         *data.dataset.report().render().splitlines(),
-        _plan_line(config, data),
-        f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {schedule.lr_schedule}",
+        *_plan_lines(config, data),
+        f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {_shape(config)}",
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
         f"strategy {runtime.strategy}",
         f"operator: {chosen.wkv.report}",
@@ -37,7 +43,15 @@ def start_lines(
     ]
 
 
-def _model_lines(config: TrainConfig, base: Base, model: Rwkv) -> list[str]:
+def _shape(config: TrainConfig) -> str:
+    schedule = config.schedule
+    if not schedule.my_exit_tokens:
+        return schedule.lr_schedule
+    cosine = "cosine by tokens"
+    return cosine if schedule.my_exit_tokens > 0 else f"mean of {schedule.lr_schedule} and {cosine}"
+
+
+def _model_lines(config: TrainConfig, base: Base, origin: str, model: Rwkv) -> list[str]:
     # here and not above: it imports torch, which mistakes told before the run must not wait for
     from rwkvpeft.quantization.linear import QuantizedLinear
 
@@ -52,22 +66,35 @@ def _model_lines(config: TrainConfig, base: Base, model: Rwkv) -> list[str]:
         method += f" and {', '.join(config.method.train_parts)}"
     stored = f"; {len(packed)} matrices frozen in {packed[0].format.label}" if packed else ""
     return [
-        f"model: {base.path}, RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}",
+        f"model: {base.path}, RWKV {shape.version}, {shape.n_layer} layers, width {shape.n_embd}, "
+        f"{shape.vocab_size} token ids{f'; {origin}' if origin else ''}",
         f"trained: {method}, {_count(trained)} of {_count(total)} parameters{stored}",
     ]
 
 
-def _plan_line(config: TrainConfig, data: TrainingData) -> str:
+def _plan_lines(config: TrainConfig, data: TrainingData) -> list[str]:
+    from rwkvpeft.training.fit import run_plan
+    from rwkvpeft.training.schedules import batches_before
+
     schedule = config.schedule
     devices = config.runtime.devices * config.runtime.num_nodes
-    batches = data.steps_for(devices)
-    steps = -(-batches // schedule.accumulate_grad_batches) * schedule.epoch_count
-    passes = batches * schedule.epoch_count * schedule.micro_bsz * devices / max(1, len(data.dataset))
+    plan = run_plan(config, data)
+    batches = batches_before(plan.total_steps, epoch_steps=plan.epoch_steps,
+                             accumulate_grad_batches=plan.accumulate_grad_batches)
+    rows = schedule.micro_bsz * devices
+    passes = batches * rows / max(1, len(data.dataset))
     shared = f" on each of {devices} devices" if devices > 1 else ""
-    return (
-        f"plan: {schedule.epoch_count} x {batches:,} batches of {schedule.micro_bsz} rows{shared}, {steps:,} steps, "
-        f"{passes:.3g} passes over the data"
-    )
+    lines = [
+        f"plan: {plan.epoch_count} x {plan.epoch_steps:,} batches of {schedule.micro_bsz} rows{shared}, "
+        f"{plan.total_steps:,} steps, {passes:.3g} passes over the data"
+    ]
+    if schedule.my_exit_tokens or schedule.train_stage:
+        tokens = rows * (config.data.ctx_len or 1)
+        first = f", mini-epochs from {plan.epoch_begin} on" if plan.epoch_begin else ""
+        lines.append(
+            f"tokens: {plan.epoch_steps * tokens:,} a mini-epoch, {batches * tokens:,} to the end{first}"
+        )
+    return lines
 
 
 def end_lines(config: TrainConfig, base: Base, result: FitResult) -> list[str]:

@@ -48,6 +48,7 @@ def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:
 def _run(config: TrainConfig, remarks: list[str]) -> int:
     # the libraries take seconds to import: mistakes found so far have been told without them
     from rwkvpeft.cli import assemble, report
+    from rwkvpeft.cli.scratch import find_beginning
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
@@ -58,7 +59,13 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.training.strategies import find_device, trainer_arguments
 
     seed = config.runtime.random_seed
-    base = assemble.open_base(config.model)
+    # what was asked is written down; what it comes to is found again by the next run
+    asked = config
+    config, base, origin, new = find_beginning(config, _say, first_process=_is_first_process())
+    if new is not None and config.schedule.train_stage == 1:
+        for line in [*remarks, *new.write(config)[1], "go on with --train_stage 2 or 3"]:
+            _say(line)
+        return 0
     adapter = assemble.make_adapter(config.method, base.shape)
     assemble.check_merge(base, config.method, adapter)
     start = assemble.read_start(base, config.method, adapter)
@@ -81,14 +88,18 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         adapter.take_constants(point.constants())
     # on a GPU this compiles and measures: after everything that may be refused at once
     chosen, more = assemble.choose_programs(base.shape, config)
+    if new is not None:
+        base, lines = new.write(config)
+        recipe = assemble.make_recipe(base, config, adapter)
+        more = [*lines, *more]
     recompute = assemble.choose_recompute(base, longest, chosen)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, start)
-    for line in [*remarks, *more, *report.start_lines(config, base, model, data, chosen, recompute)]:
+    for line in [*remarks, *more, *report.start_lines(config, base, origin, model, data, chosen, recompute)]:
         _say(line)
     if _is_first_process():
         keep_vocabulary(config.data)
         assemble.write_constants(config, adapter, model)
-        write_settings(Path(config.output.proj_dir) / "config.yaml", config)
+        write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
                  loss_rows=chosen.rows.program)
     for line in report.end_lines(config, base, result):
@@ -151,17 +162,13 @@ def _say(line: str) -> None:
 
 def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> ResumePoint | None:
     """The point the run goes on from, if any. Refuses other settings before anything is written."""
-    from rwkvpeft.training.fit import essential_settings
-    from rwkvpeft.training.module import RunPlan
+    from rwkvpeft.training.fit import essential_settings, run_plan
     from rwkvpeft.training.resume import check_essentials, find_point
 
     point = find_point(config.output, _say)
     if point is None:
         return None
-    steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)
-    schedule = config.schedule
-    plan = RunPlan(steps, schedule.epoch_count, schedule.accumulate_grad_batches, schedule.epoch_begin)
-    check_essentials(point, essential_settings(config, recipe, plan))
+    check_essentials(point, essential_settings(config, recipe, run_plan(config, data)))
     return point
 
 

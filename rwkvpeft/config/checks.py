@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from rwkvpeft.config.check_long_context import check_long_context
+from rwkvpeft.config.check_pretraining import check_pretraining
 from rwkvpeft.config.check_regularisers import check_regularisers
 from rwkvpeft.config.check_sources import check_vocabulary
 from rwkvpeft.config.data_files import check_data_files
@@ -32,8 +33,6 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     "output": {"epoch_save": 0, "save_steps": 0},
 }
 
-# RWKV-LM's scripts write 0 where a run begins without a model
-_NO_MODEL = ("", "0")
 _FOUR_BIT = ("nf4", "fp4", "4bit")
 
 
@@ -54,17 +53,15 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     _check_data(config.data, config.schedule, findings)
     _check_rates(config.schedule, config.optimizer, findings)
     _check_method(config, findings)
+    check_pretraining(config, findings, planned=planned)
     check_regularisers(config, findings)
     check_long_context(config, findings)
 
 
 def _check_there(config: TrainConfig, findings: Findings) -> None:
-    if config.model.load_model in _NO_MODEL:
-        findings.add(
-            "no base model is given; training from scratch is not available yet", fix="--load_model PATH/TO/MODEL.pth"
-        )
     findings.check(
-        bool(config.data.data_file),
+        # initial weights need none
+        bool(config.data.data_file) or config.schedule.train_stage == 1,
         "no training data is given",
         fix="--data_file PREFIX-of-.bin-and-.idx or FILE.jsonl",
     )
@@ -202,7 +199,7 @@ def _check_quantisation(method: MethodConfig, findings: Findings) -> None:
 
 def check_paths(config: TrainConfig, findings: Findings) -> None:
     """Note every input file that is not there and an output folder that cannot be written. Writes nothing."""
-    if config.model.load_model not in _NO_MODEL:
+    if config.model.load_model:
         _check_file("--load_model", config.model.load_model, findings)
     # a folder of Hugging Face peft is as good as a file
     if config.method.adapter and not (Path(config.method.adapter) / "adapter_config.json").is_file():

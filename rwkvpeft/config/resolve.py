@@ -15,6 +15,7 @@ from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.methods import members
 from rwkvpeft.config.parse import build_groups
+from rwkvpeft.config.pretraining import by_stage
 
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     # a state starts at zero and has few parameters: upstream's scripts train it with a rate of 1
@@ -59,6 +60,7 @@ def resolve(
             values[name] = None
     _by_method(values)
     _by_data(values)
+    by_stage(values)
     _by_machine(values, machine, remarks)
     findings = Findings()
     _seed(values, earlier_seed, remarks, findings)

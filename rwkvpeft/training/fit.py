@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
+from rwkvpeft.training.callbacks.watching import Watched, Watching
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
+from rwkvpeft.training.history import History
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.resume import (
@@ -41,17 +43,20 @@ from rwkvpeft.training.resume import (
     restore_parameters,
     resume_folder,
 )
-from rwkvpeft.training.schedules import build_schedule
+from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
 from rwkvpeft.training.strategies import find_device, matmul_precision, place_model, trainer_arguments
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended: optimizer steps in all, mean loss of the last mini-epoch, whether a signal cut it short."""
+    """How a run ended: optimizer steps in all, mean loss of the last mini-epoch, whether a signal cut it short, what
+    the evaluations found, and whether those ended it."""
 
     steps: int
     final_loss: float | None
     stopped_early: bool
+    history: History = field(default_factory=History)
+    gave_up: bool = False
 
 
 def fit(
@@ -63,6 +68,7 @@ def fit(
     recipe: Recipe,
     report: Callable[[str], None],
     loss_rows: RowChoice | RowProgram = "auto",
+    watched: Watched | None = None,
 ) -> FitResult:
     """Train ``model`` in place, from the newest resume point if the settings say so.
 
@@ -73,6 +79,7 @@ def fit(
         recipe: of the checkpoints to write; step, epoch and loss are filled in.
         report: takes each line of text for the user.
         loss_rows: what works on the loss's rows of logits.
+        watched: what the run is watched by; None for nothing.
     Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
         training diverges, or a file cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
@@ -81,14 +88,18 @@ def fit(
     _freeze_unread(model)
     precision = config.runtime.precision or "fp32"
     place_model(model, precision)
-    plan = _plan(config, data)
+    plan = run_plan(config, data)
     essentials = essential_settings(config, recipe, plan)
     point = _resume(model, config, essentials, say)
     progress = RunProgress() if point is None else point.progress
     epochs_left = _epochs_left(config, plan, progress)
-    if epochs_left <= 0:
-        say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew")
-        return FitResult(progress.step, _mean_loss(progress), stopped_early=False)
+    checkpoints = _checkpoints(config, adapter, recipe)
+    watching = Watching(watched or Watched(), config.evaluation, Path(config.output.proj_dir), progress.step,
+                        checkpoints, say)
+    if epochs_left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
+        more = "; a larger --early_stop goes on" if watching.gives_up else ""
+        say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
+        return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
     data.start_batch = progress.batches
     keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
     if keeps_rate:
@@ -98,10 +109,17 @@ def fit(
         model.train(),
         # to count the rows that are trained would make the processor wait, which no recording can
         build_objective(config, compact=graphs is None, rows=loss_rows),
-        schedule=build_schedule(config.schedule, epoch_steps=plan.epoch_steps, keeps_rate=keeps_rate),
+        schedule=build_schedule(
+            config.schedule,
+            epoch_steps=plan.epoch_steps,
+            keeps_rate=keeps_rate,
+            batch_tokens=_batch_tokens(config),
+        ),
         optimizer=config.optimizer,
         plan=plan,
         progress=progress,
+        train_stage=config.schedule.train_stage,
+        decay=_decay(config, plan),
         seed=config.runtime.random_seed,
         scaled_gradients=precision == "fp16",
         rates=None if adapter is None else _rates(model, adapter).get,
@@ -109,12 +127,14 @@ def fit(
         graphs=graphs,
         report=say,
     )
-    saving = _saving(config, adapter, recipe, essentials, point, say)
-    metrics = Metrics(config.output, asdict(config), say)
+    saving = _saving(config, checkpoints, plan, essentials, point, say)
+    metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
     callbacks: list[pl.Callback] = [metrics, Progress(say), saving]
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
         callbacks.insert(1, PartStatistics(folder, config.evaluation.log_parts, metrics.send))
+    if watched is not None and not watched.is_empty:
+        callbacks.insert(0, watching)
     with _quiet_lightning(), matmul_precision(precision):
         trainer = pl.Trainer(
             **arguments,
@@ -131,7 +151,7 @@ def fit(
             # how Lightning ends after a KeyboardInterrupt
             raise KeyboardInterrupt from reason
     model.eval()
-    return FitResult(progress.step, _mean_loss(progress), saving.stopped)
+    return FitResult(progress.step, _mean_loss(progress), saving.stopped, watching.history, watching.gives_up)
 
 
 # what Lightning would add of its own: this package has its own files, bar and resume points
@@ -159,8 +179,13 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "epoch_steps": plan.epoch_steps,
         **{name: getattr(schedule, name) for name in ("epoch_count", "epoch_begin", "micro_bsz",
                                                       "accumulate_grad_batches", "lr_init", "lr_final",
-                                                      "warmup_steps", "lr_schedule")},
+                                                      "warmup_steps", "lr_schedule", "my_exit_tokens",
+                                                      "train_stage")},
         **asdict(config.optimizer),
+        # held-out losses of other data could not be compared
+        **{name: _data_stamp(value) for name in ("val_data_file", "general_data_file")
+           if (value := getattr(config.evaluation, name))},
+        "val_split": config.evaluation.val_split,
         **{name: getattr(config.long_context, name) for name in ("infctx", "chunk_ctx", "infctx_grad")},
         "peft": recipe.method,
         "peft_config": recipe.config,
@@ -216,13 +241,40 @@ def _stamp(path: Path) -> str:
     return f"{path.name}, {path.stat().st_size} bytes, {fingerprint(path)[:8]}" if path.is_file() else path.name
 
 
-def _plan(config: TrainConfig, data: TrainingData) -> RunPlan:
+def run_plan(config: TrainConfig, data: TrainingData) -> RunPlan:
+    """How long a run with these settings and data is."""
+    schedule = config.schedule
+    epoch_steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)
+    epoch_count = schedule.epoch_count
+    last_step = steps_to_tokens(schedule, epoch_steps=epoch_steps, batch_tokens=_batch_tokens(config))
+    if last_step is not None:
+        per_epoch = steps_per_epoch(epoch_steps, schedule.accumulate_grad_batches)
+        epoch_count = min(epoch_count, math.ceil(last_step / per_epoch))
     return RunPlan(
-        epoch_steps=data.steps_for(config.runtime.devices * config.runtime.num_nodes),
-        epoch_count=config.schedule.epoch_count,
-        accumulate_grad_batches=config.schedule.accumulate_grad_batches,
-        epoch_begin=config.schedule.epoch_begin,
+        epoch_steps=epoch_steps,
+        epoch_count=max(epoch_count, 0),
+        accumulate_grad_batches=schedule.accumulate_grad_batches,
+        epoch_begin=schedule.epoch_begin,
+        last_step=last_step,
     )
+
+
+def _batch_tokens(config: TrainConfig) -> int:
+    """Positions of one batch on all devices, as RWKV-LM counts tokens."""
+    rows = config.schedule.micro_bsz * config.runtime.devices * config.runtime.num_nodes
+    return rows * (config.data.ctx_len or 1)
+
+
+def _decay(config: TrainConfig, plan: RunPlan) -> Callable[[int], float]:
+    warmup = config.schedule.warmup_steps if config.schedule.lr_schedule == "exp" else None
+    begun = plan.total_steps // max(plan.epoch_count, 1) * plan.epoch_begin if config.schedule.train_stage else 0
+
+    def decay(step: int) -> float:
+        return weight_decay_at(
+            step + begun, total_steps=plan.total_steps + begun, config=config.optimizer, exponential_from=warmup
+        )
+
+    return decay
 
 
 def _resume(
@@ -242,22 +294,24 @@ def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> i
     return math.ceil((epochs * plan.epoch_steps - progress.batches) / plan.epoch_steps)
 
 
+def _checkpoints(config: TrainConfig, adapter: Adapter | None, recipe: Recipe) -> Checkpoints:
+    merges = bool(config.method.merge) and adapter is not None
+    return Checkpoints(Path(config.output.proj_dir), recipe, adapter, Path(config.model.load_model) if merges else None)
+
+
 def _saving(
     config: TrainConfig,
-    adapter: Adapter | None,
-    recipe: Recipe,
+    checkpoints: Checkpoints,
+    plan: RunPlan,
     essentials: dict[str, Any],
     point: ResumePoint | None,
     report: Callable[[str], None],
 ) -> Saving:
-    merges = bool(config.method.merge) and adapter is not None
-    checkpoints = Checkpoints(
-        Path(config.output.proj_dir), recipe, adapter, Path(config.model.load_model) if merges else None
-    )
     return Saving(
         checkpoints,
         resume_folder(config.output),
         essentials,
+        final=plan.ends_by_tokens or (config.schedule.train_stage > 0 and plan.last_step is None),
         epoch_save=config.output.epoch_save,
         save_steps=config.output.save_steps,
         point=point,

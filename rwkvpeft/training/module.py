@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -52,17 +53,25 @@ class RunPlan:
 
     ``epoch_steps`` batches per device make a mini-epoch, ``epoch_count`` mini-epochs the run,
     ``accumulate_grad_batches`` batches an optimizer step; ``epoch_begin`` is the number of the first mini-epoch.
+    ``last_step`` is the optimizer step that ends the run, if something does before its mini-epochs are over.
     """
 
     epoch_steps: int
     epoch_count: int
     accumulate_grad_batches: int
     epoch_begin: int = 0
+    last_step: int | None = None
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return steps_per_epoch(self.epoch_steps, self.accumulate_grad_batches) * self.epoch_count
+        steps = steps_per_epoch(self.epoch_steps, self.accumulate_grad_batches) * self.epoch_count
+        return steps if self.last_step is None else min(steps, self.last_step)
+
+    @property
+    def ends_by_tokens(self) -> bool:
+        """Whether ``last_step`` is the run's last."""
+        return self.last_step == self.total_steps
 
     def group_size(self, batches: int) -> int:
         """Batches of the optimizer step that the batch after ``batches`` of them belongs to."""
@@ -97,6 +106,8 @@ class RwkvModule(pl.LightningModule):
     Args:
         model: its trainable parameters are fp32.
         schedule: optimizer step to learning rate.
+        train_stage: stage of RWKV-LM's pre-training, which has learning-rate factors of its own.
+        decay: optimizer step to weight decay; None: as ``optimizer`` says, in a straight line.
         rates: of trained parameters that have their own, by their names in the model.
         after_step: called with the step's number, from 1, and their total while the step's gradients are there; not
             for an fp16 step that overflowed.
@@ -116,6 +127,8 @@ class RwkvModule(pl.LightningModule):
         plan: RunPlan,
         progress: RunProgress,
         seed: int,
+        train_stage: int = 0,
+        decay: Callable[[int], float] | None = None,
         scaled_gradients: bool = False,
         rates: Callable[[str], Rates | None] | None = None,
         after_step: Callable[[int, int], None] | None = None,
@@ -128,6 +141,8 @@ class RwkvModule(pl.LightningModule):
         self.schedule = schedule
         self.optimizer_config = optimizer
         self.plan = plan
+        self.train_stage = train_stage
+        self.decay = decay or partial(weight_decay_at, total_steps=plan.total_steps, config=optimizer)
         self.progress = progress
         self.seed = seed
         self.scaled_gradients = scaled_gradients
@@ -204,6 +219,7 @@ class RwkvModule(pl.LightningModule):
             self.model.named_parameters(),
             layerwise_lr=bool(self.optimizer_config.layerwise_lr),
             weight_decay=self.optimizer_config.weight_decay,
+            train_stage=self.train_stage,
             rates=self.rates,
         )
         if not groups:
@@ -215,9 +231,7 @@ class RwkvModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Set the learning rate of this step, take it, and keep a record."""
         lr = self.schedule(self.progress.step)
-        decay = weight_decay_at(
-            self.progress.step, total_steps=self.plan.total_steps, config=self.optimizer_config
-        )
+        decay = self.decay(self.progress.step)
         for group in optimizer.param_groups:
             ends = {name: group[name] for name in ("lr_init", "lr_final") if group[name] is not None}
             group["lr"] = self.schedule(self.progress.step, **ends) * group["lr_scale"]
@@ -285,8 +299,18 @@ class RwkvModule(pl.LightningModule):
 
     @property
     def mini_epoch_done(self) -> bool:
+        """Whether the last batch was its mini-epoch's last, or the run's."""
+        return self.mini_epoch_whole or self.run_done
+
+    @property
+    def mini_epoch_whole(self) -> bool:
         """Whether the last batch was its mini-epoch's last."""
         return self.progress.batches > 0 and self.progress.batches % self.plan.epoch_steps == 0
+
+    @property
+    def run_done(self) -> bool:
+        """Whether the last step was the run's last."""
+        return self.progress.step >= self.plan.total_steps
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of the first step."""

@@ -12,7 +12,6 @@ whatever ``lr_final`` says.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Protocol
 
 from rwkvpeft.config.groups import OptimizerConfig, ScheduleConfig
@@ -66,6 +65,15 @@ def constant(step: int, *, total_steps: int, lr_init: float, lr_final: float, wa
     return lr_init * _warmup(step, warmup_steps)
 
 
+def cosine_by_tokens(
+    tokens: int, *, exit_tokens: int, warmup_tokens: int, lr_init: float, lr_final: float
+) -> float:
+    """Half a cosine from ``lr_init`` to ``lr_final`` over the tokens after the warm-up, as RWKV-LM counts them."""
+    progress = max(0.0, min(1.0, (tokens - warmup_tokens) / (exit_tokens - warmup_tokens)))
+    share = lr_final / lr_init
+    return lr_init * ((0.5 + share / 2) + (0.5 - share / 2) * math.cos(math.pi * progress))
+
+
 def _progress(step: int, total_steps: int, warmup_steps: int) -> float:
     # off by one, and by two without a warm-up (-1): RWKV-LM's own counting, kept so that runs compare
     return min(max((step - warmup_steps + 1) / max(total_steps - warmup_steps, 1), 0.0), 1.0)
@@ -88,28 +96,88 @@ class Schedule(Protocol):
         ...
 
 
-def build_schedule(config: ScheduleConfig, *, epoch_steps: int, keeps_rate: bool = False) -> Schedule:
+def batches_before(step: int, *, epoch_steps: int, accumulate_grad_batches: int) -> int:
+    """Batches of one device that the first ``step`` optimizer steps take."""
+    epochs, steps = divmod(step, steps_per_epoch(epoch_steps, accumulate_grad_batches))
+    return epochs * epoch_steps + min(steps * accumulate_grad_batches, epoch_steps)
+
+
+def steps_to_tokens(
+    config: ScheduleConfig, *, epoch_steps: int, batch_tokens: int
+) -> int | None:
+    """Optimizer steps after which ``--my_exit_tokens`` are reached; None without such an end.
+
+    The tokens of the mini-epochs before ``epoch_begin`` count too, as in RWKV-LM.
+    """
+    if not config.my_exit_tokens:
+        return None
+    batches = math.ceil(abs(config.my_exit_tokens) / batch_tokens) - config.epoch_begin * epoch_steps
+    epochs, left = divmod(max(batches, 0), epoch_steps)
+    accumulated = config.accumulate_grad_batches
+    return epochs * steps_per_epoch(epoch_steps, accumulated) + math.ceil(left / accumulated)
+
+
+def build_schedule(
+    config: ScheduleConfig, *, epoch_steps: int, keeps_rate: bool = False, batch_tokens: int = 0
+) -> Schedule:
     """The learning rate of a run as a function of the optimizer step.
+
+    With ``my_exit_tokens`` it is a cosine by tokens, whatever ``lr_schedule`` says; if they are negative, the mean of
+    the two (RWKV-LM's v5 trainer). The stages of RWKV-LM are one run: a later one goes on where the schedule stood,
+    with a warm-up of its own.
 
     Args:
         epoch_steps: batches per device in a mini-epoch, with 0 already replaced by what one pass takes.
         keeps_rate: the optimizer wants ``constant``, whatever schedule the settings name.
+        batch_tokens: tokens of one batch on all devices; only ``my_exit_tokens`` needs them.
     Raises: UserError if the schedule's name is unknown.
     """
     if config.lr_init is None or config.lr_final is None or config.warmup_steps is None:
         raise ContractError("a schedule needs resolved settings")
-    return partial(
-        constant if keeps_rate else find(SCHEDULES, config.lr_schedule, flag="--lr_schedule"),
-        total_steps=steps_per_epoch(epoch_steps, config.accumulate_grad_batches) * config.epoch_count,
-        lr_init=config.lr_init,
-        lr_final=config.lr_final,
-        warmup_steps=config.warmup_steps,
-    )
+    warmup = config.warmup_steps
+    ends = {"lr_init": config.lr_init, "lr_final": config.lr_final}
+    per_epoch = steps_per_epoch(epoch_steps, config.accumulate_grad_batches)
+    begun = config.epoch_begin * per_epoch if config.train_stage else 0
+    total = per_epoch * config.epoch_count + begun
+    shape = constant if keeps_rate else find(SCHEDULES, config.lr_schedule, flag="--lr_schedule")
+
+    def by_steps(step: int, **other_ends: float) -> float:
+        rate: float = shape(step + begun, total_steps=total, warmup_steps=warmup, **{**ends, **other_ends})
+        return rate / _warmup(step + begun, warmup) * _warmup(step, warmup) if begun else rate
+
+    def by_tokens(step: int, **other_ends: float) -> float:
+        batches = batches_before(
+            step, epoch_steps=epoch_steps, accumulate_grad_batches=config.accumulate_grad_batches
+        )
+        rate = cosine_by_tokens(
+            (batches + config.epoch_begin * epoch_steps) * batch_tokens,
+            exit_tokens=abs(config.my_exit_tokens),
+            warmup_tokens=warmup * config.accumulate_grad_batches * batch_tokens,
+            **{**ends, **other_ends},
+        )
+        return rate * _warmup(step, warmup)
+
+    def by_both(step: int, **other_ends: float) -> float:
+        return (by_steps(step, **other_ends) + by_tokens(step, **other_ends)) / 2
+
+    if keeps_rate or not config.my_exit_tokens:
+        return by_steps
+    return by_tokens if config.my_exit_tokens > 0 else by_both
 
 
-def weight_decay_at(step: int, *, total_steps: int, config: OptimizerConfig) -> float:
-    """Weight decay of the groups that have any: a straight line to ``weight_decay_final`` if that is not negative."""
-    if config.weight_decay_final < 0:
-        return config.weight_decay
+def weight_decay_at(
+    step: int, *, total_steps: int, config: OptimizerConfig, exponential_from: int | None = None
+) -> float:
+    """Weight decay of the groups that have any: a straight line to ``weight_decay_final`` if that is not negative.
+
+    Args:
+        exponential_from: a constant factor per step instead, after so many steps of warm-up: what RWKV-LM pairs with
+            its exponential learning rate. A straight line where one end is 0.
+    """
+    first, last = config.weight_decay, config.weight_decay_final
+    if last < 0:
+        return first
+    if exponential_from is not None and first > 0 and last > 0:
+        return first * math.exp(math.log(last / first) * _progress(step, total_steps, exponential_from))
     progress = min(step / max(total_steps, 1), 1.0)
-    return config.weight_decay + (config.weight_decay_final - config.weight_decay) * progress
+    return first + (last - first) * progress

@@ -31,7 +31,7 @@ from rwkvpeft.training.resume import (
 
 
 class Checkpoints:
-    """Writes ``rwkv-{epoch}.pth`` with its recipe.
+    """Writes ``rwkv-{name}.pth`` with its recipe.
 
     Args:
         adapter: None saves the whole model, in the dtype it computes in.
@@ -50,13 +50,26 @@ class Checkpoints:
         """What going on needs beside the trained tensors."""
         return {} if self._adapter is None else self._adapter.constants(model)
 
-    def save(self, model: nn.Module, *, epoch: int, step: int, loss: float | None) -> Path:
+    def save(
+        self,
+        model: nn.Module,
+        *,
+        epoch: int,
+        step: int,
+        loss: float | None,
+        name: str = "",
+        val_loss: float | None = None,
+    ) -> Path:
         """Write the checkpoint of mini-epoch ``epoch``; a crash leaves an older file whole.
 
+        Args:
+            name: in place of the mini-epoch in the file's name.
+            val_loss: of held-out data.
         Raises: UserError if a tensor is not finite or a file cannot be written.
         """
-        recipe = replace(self._recipe, epoch=epoch, step=step, loss=loss)
-        path = self._folder / f"rwkv-{epoch}.pth"
+        name = name or str(epoch)
+        recipe = replace(self._recipe, epoch=epoch, step=step, loss=loss, val_loss=val_loss)
+        path = self._folder / f"rwkv-{name}.pth"
         if self._adapter is None:
             tensors = whole_model(model)
             check_finite(tensors, "the training diverged and is not saved")
@@ -65,7 +78,7 @@ class Checkpoints:
         elif self._merged_into is None:
             save_adapter(path, self._adapter.file_tensors(model), recipe)
         else:
-            beside = self._folder / f"rwkv-{epoch}-adapter.pth"
+            beside = self._folder / f"rwkv-{name}-adapter.pth"
             save_adapter(beside, self._adapter.file_tensors(model), recipe)
             # where training quantised: another device's program may round a tie the other way
             device = next(model.parameters()).device
@@ -83,10 +96,11 @@ def whole_model(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Saving(pl.Callback):
-    """Decides after each optimizer step what is written, and ends the run when a signal has asked for it.
+    """Decides after each optimizer step what is written, and ends the run where its plan or a signal says so.
 
     Args:
         essentials: settings a resumed run must share.
+        final: ``rwkv-final.pth`` is written at the end of the run.
         epoch_save: a checkpoint every so many mini-epochs; the last one always; 0 for the last one only.
         save_steps: a resume point also every so many optimizer steps; 0 for each mini-epoch only.
         point: where the run goes on from.
@@ -98,6 +112,7 @@ class Saving(pl.Callback):
         folder: Path,
         essentials: dict[str, Any],
         *,
+        final: bool = False,
         epoch_save: int,
         save_steps: int,
         point: ResumePoint | None,
@@ -107,6 +122,7 @@ class Saving(pl.Callback):
         self._checkpoints = checkpoints
         self._folder = folder
         self._essentials = essentials
+        self._final = final
         self._epoch_save = epoch_save
         self._save_steps = save_steps
         self._point = point
@@ -149,17 +165,27 @@ class Saving(pl.Callback):
         # all devices stop at the same step, whichever of them got the signal
         stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
         done = pl_module.mini_epoch_done
-        if done and self._checkpoint_is_due(trainer, pl_module) and trainer.is_global_zero:
-            with averaged(trainer.optimizers[0]):
-                path = self._checkpoints.save(
-                    pl_module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(pl_module)
-                )
-            self._report(f"saved {path}")
-        if stop or done or (self._save_steps > 0 and record.step % self._save_steps == 0):
+        if pl_module.mini_epoch_whole and self._checkpoint_is_due(trainer, pl_module):
+            self._save(trainer, pl_module)
+        if self._final and pl_module.run_done:
+            self._save(trainer, pl_module, name="final")
+        # another callback may have ended the run
+        if stop or done or trainer.should_stop or (self._save_steps > 0 and record.step % self._save_steps == 0):
             self._save_point(trainer, pl_module)
         if stop:
             self.stopped = record.step < pl_module.plan.total_steps
+        if stop or pl_module.run_done:
             trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer, module: RwkvModule, name: str = "") -> None:
+        record = module.finished
+        if record is None or not trainer.is_global_zero:
+            return
+        with averaged(trainer.optimizers[0]):
+            path = self._checkpoints.save(
+                module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(module), name=name
+            )
+        self._report(f"saved {path}")
 
     def _checkpoint_is_due(self, trainer: pl.Trainer, module: RwkvModule) -> bool:
         index = module.progress.batches // module.plan.epoch_steps - 1
