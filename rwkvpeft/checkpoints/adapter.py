@@ -30,7 +30,8 @@ class Recipe:
 
     ``method`` is ``--peft``; ``config`` that method's full settings; ``shape`` the model's sizes by name;
     ``base_fingerprint`` is ``quantised.model_fingerprint`` of the base; ``quant`` how its large linears were stored in
-    training (``quant_double``: the scales too; ``quant_head``: the head too); ``step`` counts optimizer steps.
+    training (``quant_double``: the scales too; ``quant_head``: the head too); ``step`` counts optimizer steps;
+    ``val_loss`` is the held-out loss of a checkpoint that was kept for it.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Recipe:
     step: int = 0
     epoch: int = 0
     loss: float | None = None
+    val_loss: float | None = None
     toolkit_version: str = __version__
     format: int = FORMAT
 

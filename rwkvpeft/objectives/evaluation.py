@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
@@ -26,21 +27,60 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate(model: Rwkv, batches: Iterable[TokenBatch]) -> Evaluation:
+def evaluate(model: Rwkv, batches: Iterable[TokenBatch], *, chunk: int | None = None) -> Evaluation:
     """Run the model over the batches; every token counts by its weight, whatever batch it is in.
 
+    Args:
+        chunk: tokens of a row that are worked on at once, the state being handed on, so that rows of any length take
+            the memory of one chunk; None for whole rows. Packed rows are not cut.
     Raises: UserError if nothing has weight.
     """
+    loss, tokens = add_up(model, batches, chunk=chunk)
+    return mean_of(loss, tokens)
+
+
+def add_up(model: Rwkv, batches: Iterable[TokenBatch], *, chunk: int | None = None) -> tuple[float, float]:
+    """The weighted sum of the tokens' losses, and the sum of their weights, so that several devices can share the
+    work. Arguments as of ``evaluate``."""
     # PyTorch's rows: they need no trial, and there is no gradient that a kernel would save
     objective = LanguageModelling(logit_penalty=0.0, rows="torch")
     device = model.emb.weight.device
     one = torch.ones((), device=device)
     loss = tokens = 0.0
     for batch in batches:
-        with torch.inference_mode():
-            part = objective(model, batch.on(device), one)
-        loss += part.total.item()
-        tokens += part.tokens.item()
+        # not inference mode, whose tensors could stay in a cache that training reads
+        with torch.no_grad():
+            total, weight = _run(model, objective, batch.on(device), one, chunk)
+        loss += total.item()
+        tokens += weight.item()
+    return loss, tokens
+
+
+def mean_of(loss: float, tokens: float) -> Evaluation:
+    """The mean of what ``add_up`` found. Raises: UserError if nothing has weight."""
     if not tokens:
         raise UserError("the data hold no token to evaluate", fix="--loss_mask none")
     return Evaluation(loss / tokens, tokens)
+
+
+def _run(
+    model: Rwkv, objective: LanguageModelling, batch: TokenBatch, one: Tensor, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    total = torch.zeros((), dtype=torch.float32, device=one.device)
+    state = None
+    for part in _parts(batch, chunk):
+        loss, state = objective.part(model, part, one, state)
+        total = total + loss.total
+    return total, batch.weights.sum()
+
+
+def _parts(batch: TokenBatch, chunk: int | None) -> Iterator[TokenBatch]:
+    length = batch.input_ids.shape[1]
+    if chunk is None or chunk >= length or batch.sequences is not None:
+        yield batch
+        return
+    for start in range(0, length, chunk):
+        here = slice(start, start + chunk)
+        yield batch._replace(
+            input_ids=batch.input_ids[:, here], labels=batch.labels[:, here], weights=batch.weights[:, here]
+        )

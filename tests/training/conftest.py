@@ -26,6 +26,7 @@ class Rows:
     """Random rows, each with another number of trained tokens; sample p is row p modulo their number."""
 
     varies = False
+    joining = "equal"
 
     def __init__(self, size=24, length=6):
         draw = np.random.default_rng(3)
@@ -97,7 +98,7 @@ def random_checkpoint(path, **sizes):
 def train(base, tmp_path):
     """Run ``fit`` on the tiny model; returns result, model and the reported lines."""
 
-    def run(folder="run", rows=None, checkpoint=base, **values):
+    def run(folder="run", rows=None, checkpoint=base, watched=None, **values):
         config = settings(load_model=str(checkpoint), proj_dir=str(tmp_path / folder), **values)
         adapter = build_adapter(config.method.peft, config.method.peft_config, config.method.train_parts)
         model = load_model(checkpoint, dtype=torch.float32)
@@ -114,7 +115,8 @@ def train(base, tmp_path):
             base_fingerprint=fingerprint(checkpoint),
         )
         lines = []
-        result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=lines.append)
+        result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=lines.append,
+                     watched=watched)
         return result, model, lines
 
     return run
