@@ -20,28 +20,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpeft.ops.chunks import ChunkGrid
+from rwkvpeft.ops.chunks import ChunkGrid, cut
 from rwkvpeft.ops.contract import compute_dtype
 from rwkvpeft.ops.diagonal_decay import TILE, Factors, constant_decay_grad, decay_grad, decay_table
 from rwkvpeft.ops.opaque import opaque
+from rwkvpeft.ops.sequences import Sequences
 
 CHUNK = 32
 
 
-def read_chunks(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def read_chunks(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, sequences: Sequences | None = None
+) -> tuple[Tensor, Tensor]:
     """The recurrence of ``rwkvpeft.ops.wkv6``; ``w`` may be (H, N), one decay for all tokens."""
     if state is not None:
         state = state.to(compute_dtype(r, w, k, v, u, state))
+    if sequences is not None:
+        return _Diagonal.apply(r, w.expand(v.shape), k, v, u, state, *cut(sequences, CHUNK, v.device))
     whole = v.shape[1] // CHUNK * CHUNK
+    uncut = cut(None, CHUNK, v.device)
     if w.dim() == 4 or (v.shape[1] == whole and whole):
-        return _Diagonal.apply(r, w, k, v, u, state, CHUNK)
+        return _Diagonal.apply(r, w, k, v, u, state, *uncut)
     # the filling of the last chunk must not decay the state, so that there the decay does change
     read = []
     if whole:
-        y, state = _Diagonal.apply(r[:, :whole], w, k[:, :whole], v[:, :whole], u, state, CHUNK)
+        y, state = _Diagonal.apply(r[:, :whole], w, k[:, :whole], v[:, :whole], u, state, *uncut)
         read.append(y)
     rest = v[:, whole:]
-    y, state = _Diagonal.apply(r[:, whole:], w.expand(rest.shape), k[:, whole:], rest, u, state, CHUNK)
+    y, state = _Diagonal.apply(r[:, whole:], w.expand(rest.shape), k[:, whole:], rest, u, state, *uncut)
     return torch.cat([*read, y], 1), state
 
 
@@ -142,11 +148,12 @@ def _writers_grad(dA: Tensor, p: Tensor, across: list[Tensor]) -> Tensor:
 
 
 def _forward(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None,
+    length: int, counts: list[int], tables: list[Tensor],
 ) -> list[Tensor]:
     """Output (B, T, H, N) and final state (B, H, N, N), and what ``_backward`` wants kept beside ``r, w, k, u``."""
     dtype = compute_dtype(r, w, k, v, u, state)
-    grid = ChunkGrid.of(v, length)
+    grid = ChunkGrid.of(v, length, counts, tables)
     chunks, groups, size = grid.chunks, grid.groups, grid.size
     strength, table = decay_table(grid, w, dtype)
     factors = Factors.of(table, length)
@@ -167,23 +174,25 @@ def _forward(
     products = _products(grid, r, k, dtype).view_as(z)
     A.diagonal(dim1=1, dim2=2).copy_(torch.bmm(products, bonus).squeeze(2))
 
-    states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
-    states[0] = 0 if state is None else state.reshape(groups, size, size)
-    torch.bmm(z.mT, _scaled(q, factors.to_end), out=states[1:].view(-1, size, size))
-    whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
-    for i in range(1 if state is None else 0, chunks):
-        states[i + 1].addcmul_(states[i], whole[i])
+    states = v.new_empty(chunks + grid.starts, groups, size, size, dtype=dtype)
+    states[: grid.starts] = 0 if state is None else grid.entering(state)
+    left, scanned = grid.left(states).view(-1, size, size), states.view(-1, size, size)
+    torch.bmm(z.mT, _scaled(q, factors.to_end), out=left)
+    whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(-1, 1, size)
+    for here, there in grid.scan():
+        torch.addcmul(left[here], scanned[here], whole[here], out=scanned[there])
     y = torch.bmm(A, z)
-    y.baddbmm_(_scaled(p, factors.from_start), states[:-1].view(-1, size, size).mT)
+    y.baddbmm_(_scaled(p, factors.from_start), scanned[: grid.matrices].mT)
 
-    final = states[-1].view(grid.batch, grid.heads, size, size).clone()
+    final = grid.leaving(states[chunks:], state)
     return [grid.store(y, v.dtype), final, strength, table, p, q, z, A, states]
 
 
 def _forward_sizes(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None,
+    length: int, counts: list[int], tables: list[Tensor],
 ) -> list[Tensor]:
-    grid = ChunkGrid.of(v, length)
+    grid = ChunkGrid.of(v, length, counts, tables)
     dtype = compute_dtype(r, w, k, v, u, state)
     chunks, size, tiles = grid.chunks, grid.size, length // TILE
     leading = (1, 1, grid.heads) if w.dim() == 2 else (chunks, grid.batch, grid.heads)
@@ -195,39 +204,40 @@ def _forward_sizes(
 
     return [
         torch.empty_like(v, memory_format=torch.contiguous_format),
-        own(grid.batch, grid.heads, size, size),
+        grid.leaving(own(grid.starts, grid.groups, size, size), state),
         own(*leading, length, size),
         own(*leading, borders, size),
         *(grid.empty(tiles, TILE, size, like=v, dtype=dtype) for _ in range(2)),
         own(grid.matrices, length, size),
         own(grid.matrices, length, length),
-        own(chunks + 1, grid.groups, size, size),
+        own(chunks + grid.starts, grid.groups, size, size),
     ]
 
 
 def _backward(
     dy: Tensor | None, dfinal: Tensor | None, operands: list[Tensor], kept: list[Tensor], like: Tensor,
-    length: int, has_state: bool, state_alone: bool,
+    length: int, counts: list[int], tables: list[Tensor], has_state: bool, state_alone: bool,
 ) -> list[Tensor]:
     """Gradients of r, w, k, v, u unless ``state_alone``, and of the state if there is one; ``like`` has v's dtype."""
     r, w, k, u = operands
     strength, table, p, q, z, A, states = kept
-    grid = ChunkGrid.of(r, length)
-    chunks, groups, size = grid.chunks, grid.groups, grid.size
+    grid = ChunkGrid.of(r, length, counts, tables)
+    chunks, size = grid.chunks, grid.size
     factors = Factors.of(table, length)
     d = torch.zeros_like(z) if dy is None else grid.load(dy, z.dtype).view_as(z)
 
     grads = torch.empty_like(states)
-    grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
-    torch.bmm(d.mT, _scaled(p, factors.from_start), out=grads[:-1].view(-1, size, size))
-    whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(chunks, groups, 1, size)
-    for i in reversed(range(chunks)):
-        grads[i].addcmul_(grads[i + 1], whole[i])
-    dstate = [grads[0].view(grid.batch, grid.heads, size, size)] if has_state else []
+    grads[chunks:] = 0 if dfinal is None else grid.entering(dfinal)
+    scanned = grads.view(-1, size, size)
+    torch.bmm(d.mT, _scaled(p, factors.from_start), out=scanned[: grid.matrices])
+    whole = factors.whole.expand(chunks, grid.batch, -1, -1, -1).reshape(-1, 1, size)
+    for here, there in reversed(grid.scan()):
+        scanned[here].addcmul_(scanned[there], whole[here])
+    dstate = [grid.leaving(grads[: grid.starts], dfinal)] if has_state else []
     if state_alone:
         return dstate
 
-    starts, ends = states[:-1].view(-1, size, size), grads[1:].view(-1, size, size)
+    starts, ends = states.view(-1, size, size)[: grid.matrices], grads[grid.after].view(-1, size, size)
     dv = torch.bmm(A.mT, d).baddbmm_(_scaled(q, factors.to_end), ends.mT)
     dA = torch.bmm(d, z.mT)
     current, previous = dA.diagonal(dim1=1, dim2=2).clone(), dA.diagonal(-1, dim1=1, dim2=2).clone()
@@ -260,11 +270,12 @@ def _backward(
 
 def _backward_sizes(
     dy: Tensor | None, dfinal: Tensor | None, operands: list[Tensor], kept: list[Tensor], like: Tensor,
-    length: int, has_state: bool, state_alone: bool,
+    length: int, counts: list[int], tables: list[Tensor], has_state: bool, state_alone: bool,
 ) -> list[Tensor]:
     r, w, k, u = operands
-    batch, _, heads, size = r.shape
-    dstate = [kept[0].new_empty((batch, heads, size, size))] if has_state else []
+    grid = ChunkGrid.of(r, length, counts, tables)
+    dstate = [grid.leaving(kept[0].new_empty(grid.starts, grid.groups, grid.size, grid.size), dfinal)]
+    dstate = dstate if has_state else []
     if state_alone:
         return dstate
     dw = w.new_empty(w.shape, dtype=kept[0].dtype if w.dim() == 2 else w.dtype)
@@ -274,15 +285,16 @@ def _backward_sizes(
 
 _forward_op = opaque(
     "wkv_diagonal_torch_forward",
-    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, int length) -> Tensor[]",
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor u, Tensor? state, int length, int[] counts, "
+    "Tensor[] tables) -> Tensor[]",
     _forward,
     _forward_sizes,
     in_pytorch=True,
 )
 _backward_op = opaque(
     "wkv_diagonal_torch_backward",
-    "(Tensor? dy, Tensor? dfinal, Tensor[] operands, Tensor[] kept, Tensor like, int length, bool has_state, "
-    "bool state_alone) -> Tensor[]",
+    "(Tensor? dy, Tensor? dfinal, Tensor[] operands, Tensor[] kept, Tensor like, int length, int[] counts, "
+    "Tensor[] tables, bool has_state, bool state_alone) -> Tensor[]",
     _backward,
     _backward_sizes,
     in_pytorch=True,
@@ -292,19 +304,23 @@ _backward_op = opaque(
 class _Diagonal(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None, length: int
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None,
+        length: int, counts: tuple[int, ...], tables: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
-        y, final, *kept = _forward_op(r, w, k, v, u, state, length)
-        ctx.save_for_backward(r, w, k, u, v.new_empty(0), *kept)
-        ctx.length, ctx.has_state = length, state is not None
+        y, final, *kept = _forward_op(r, w, k, v, u, state, length, counts, tables)
+        ctx.save_for_backward(r, w, k, u, v.new_empty(0), *tables, *kept)
+        ctx.length, ctx.counts, ctx.tables, ctx.has_state = length, counts, len(tables), state is not None
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        r, w, k, u, like, *kept = ctx.saved_tensors
+        r, w, k, u, like, *rest = ctx.saved_tensors
+        tables, kept = rest[: ctx.tables], rest[ctx.tables :]
         state_alone = not any(ctx.needs_input_grad[:5])
-        grads = _backward_op(dy, dfinal, [r, w, k, u], kept, like, ctx.length, ctx.has_state, state_alone)
+        grads = _backward_op(
+            dy, dfinal, [r, w, k, u], kept, like, ctx.length, ctx.counts, tables, ctx.has_state, state_alone
+        )
         dstate = grads[-1] if ctx.has_state else None
-        return *((None,) * 5 if state_alone else grads[:5]), dstate, None
+        return *((None,) * 5 if state_alone else grads[:5]), dstate, None, None, None

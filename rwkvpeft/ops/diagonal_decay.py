@@ -5,6 +5,7 @@ Letters as there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +67,10 @@ def decay_table(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     if w.dim() == 2:
         strength = torch.exp(w.to(dtype))[None, None, :, None, :].repeat(1, 1, 1, grid.length, 1)
     else:
-        strength = grid.load(w, dtype).exp_()
+        # filling must not decay the state
+        strength = grid.load(w, dtype, filling=-math.inf).exp_()
     # far enough beyond the limit that its gradient is 0, without infinities
     strength.clamp_(max=5 * LIMITS[dtype])
-    if grid.filling:
-        strength[-1, ..., grid.length - grid.filling :, :] = 0
     ends = _borders(grid.length, w.device)
     token = torch.arange(grid.length, device=w.device)
     sums = (token < ends[:, 1:]).to(dtype) - (token < ends[:, :1]).to(dtype)

@@ -26,6 +26,28 @@ class Bounds(NamedTuple):
     filled: Tensor
 
 
+class SideBySide(NamedTuple):
+    """Chunks of all sequences in the order in which they can be scanned side by side.
+
+    First come the first chunks of all sequences that have one, then all second chunks, and so on; the sequences with
+    most chunks first, so that those that go on are always the first of those before. A row without tokens is one chunk
+    of filling. int64:
+
+    Args:
+        counts: how many sequences have a first chunk, a second, ..; n in all.
+        slots: of each chunk's tokens the place in the row, T behind a sequence's last token, (n·L,).
+        places: of each token its place among the slots, (T,).
+        order: the sequences, those without tokens last, (S,).
+        after: of each chunk the one behind it, or n + i if it ends the i-th sequence of ``order``, (n,).
+    """
+
+    counts: tuple[int, ...]
+    slots: Tensor
+    places: Tensor
+    order: Tensor
+    after: Tensor
+
+
 class Sequences:
     """Where each sequence of a packed row lies. The lengths are known to the host, so that no kernel waits for them.
 
@@ -39,6 +61,7 @@ class Sequences:
             raise ContractError(f"sequences of {self.lengths} tokens")
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._bounds: dict[torch.device, Bounds] = {}
+        self._side_by_side: dict[tuple[int, torch.device], SideBySide] = {}
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -79,6 +102,38 @@ class Sequences:
                 torch.tensor(first, dtype=torch.int32, device=device),
             )
         return self._tables[key]
+
+    def side_by_side(self, length: int, device: torch.device) -> SideBySide:
+        """Chunks of ``length`` tokens, none of them in two sequences, for a scan over all sequences at once."""
+        key = (length, device)
+        if key not in self._side_by_side:
+            made = self._cut_side_by_side(length)
+            tables = (table.to(device) for table in made[1:])
+            self._side_by_side[key] = SideBySide(made.counts, *tables)
+        return self._side_by_side[key]
+
+    def _cut_side_by_side(self, length: int) -> SideBySide:
+        chunks = [-(-tokens // length) for tokens in self.lengths]
+        if not self.tokens:
+            chunks[0] = 1
+        order = sorted(range(len(chunks)), key=lambda sequence: -chunks[sequence])
+        counts = [sum(own > step for own in chunks) for step in range(max(chunks))]
+        first, own, after = [], [], []
+        behind = 0
+        for step, count in enumerate(counts):
+            behind += count
+            more = counts[step + 1] if step + 1 < len(counts) else 0
+            for rank, sequence in enumerate(order[:count]):
+                first.append(self.offsets[sequence] + step * length)
+                own.append(min(length, self.lengths[sequence] - step * length))
+                after.append(behind + rank if rank < more else sum(counts) + rank)
+        token = torch.arange(length)
+        slots = torch.tensor(first, dtype=torch.int64)[:, None] + token
+        slots = slots.masked_fill(token >= torch.tensor(own, dtype=torch.int64)[:, None], self.tokens).flatten()
+        places = torch.empty(self.tokens + 1, dtype=torch.int64)
+        places[slots] = torch.arange(len(slots))
+        tables = (torch.tensor(table, dtype=torch.int64) for table in (order, after))
+        return SideBySide(tuple(counts), slots, places[:-1], *tables)
 
     def check(self, operator: str, value: Tensor, state: Tensor | None) -> None:
         """Check that a call's tensors are a row of these sequences.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkvpeft.ops import wkv5, wkv6, wkv7
+from rwkvpeft.ops import Sequences, wkv5, wkv6, wkv7
 from rwkvpeft.ops.opaque import BODIES, apart
 
 OPERATORS = {"wkv5": wkv5, "wkv6": wkv6, "wkv7": wkv7}
@@ -43,6 +43,18 @@ def run(operator, tokens=37, *, state=True, frozen=(), dtype=torch.float32):
     return [y, final, *(x.grad for x in given.values())]
 
 
+def run_packed(operator, lengths, frozen=()):
+    torch.manual_seed(1)
+    shape = (1, sum(lengths), 3, 8)
+    given = {name: torch.randn(shape) / 2 for name in ("rwkvab" if operator == "wkv7" else "rwkv")}
+    given |= {"state": torch.randn(len(lengths), 3, 8, 8)}
+    given |= {} if operator == "wkv7" else {"u": torch.randn(3, 8)}
+    given |= {"w": torch.randn(3, 8)} if operator == "wkv5" else {}
+    given = {name: x.requires_grad_(name not in frozen) for name, x in given.items()}
+    y, final = OPERATORS[operator](**given, sequences=Sequences(lengths), op="torch")
+    (y.sum() + final.square().sum()).backward()
+
+
 def layout(made):
     return [(x.shape, x.stride() if x.numel() else None, x.dtype) for x in made]
 
@@ -54,6 +66,18 @@ def layout(made):
 def test_without_data_an_operator_makes_what_it_makes_of_data(operator, frozen, tokens, dtype):
     with Calls() as calls:
         run(operator, tokens, frozen=frozen, dtype=dtype)
+    check_sizes(calls)
+
+
+@pytest.mark.parametrize("frozen", ["", "rwkvabu"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_without_data_a_packed_row_is_of_the_same_sizes(operator, frozen):
+    with Calls() as calls:
+        run_packed(operator, (5, 0, 33, 70), frozen)
+    check_sizes(calls)
+
+
+def check_sizes(calls):
     assert {func._opname.rpartition("_")[2] for func, _, _ in calls.seen} == {"forward", "backward"}
     for func, args, made in calls.seen:
         without_data = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach().to("meta"), args)

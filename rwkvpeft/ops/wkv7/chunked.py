@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpeft.ops.chunks import ChunkGrid
+from rwkvpeft.ops.chunks import ChunkGrid, cut
 from rwkvpeft.ops.contract import Backend, Supports, check_operands, compute_dtype, wants_grad
 from rwkvpeft.ops.opaque import opaque
+from rwkvpeft.ops.sequences import Sequences
 
 CHUNK = 32
 STRONGEST = -math.exp(-0.5)
@@ -36,15 +37,16 @@ STRONGEST = -math.exp(-0.5)
 
 
 def wkv7(
-    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
+    *, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence in chunks; arguments as ``rwkvpeft.ops.wkv7``."""
-    check_operands("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, {}, state)
-    if v.shape[1] == 1 and not wants_grad(r, w, k, v, a, b, state):
+    """The recurrence in chunks; arguments as ``rwkvpeft.ops.wkv7``, ``sequences`` as ``taking_sequences`` says."""
+    check_operands("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, {}, None if sequences else state)
+    if v.shape[1] == 1 and sequences is None and not wants_grad(r, w, k, v, a, b, state):
         return _one_token(r, w, k, v, a, b, state)
     if state is not None:
         state = state.to(compute_dtype(r, w, k, v, a, b, state))
-    return _Wkv7.apply(r, w, k, v, a, b, state, CHUNK)
+    return _Wkv7.apply(r, w, k, v, a, b, state, *cut(sequences, CHUNK, v.device))
 
 
 def _one_token(
@@ -79,20 +81,20 @@ def _causal(length: int, like: Tensor) -> Tensor:
 
 def _decay_factors(grid: ChunkGrid, w: Tensor, dtype: torch.dtype) -> Tensor:
     """e^(c_(t-1) - g) for t = 0..L of every chunk, (n, B, H, L + 1, N)."""
-    gate = grid.load(w, dtype).sigmoid_()
-    if grid.filling:
-        gate[-1, ..., grid.length - grid.filling :, :] = 0
+    # filling must not decay the state
+    gate = grid.load(w, dtype, filling=-math.inf).sigmoid_()
     sums = _anchored_sums(grid.length, gate).expand(grid.matrices, -1, -1)
     factors = torch.bmm(sums, gate.view(grid.matrices, grid.length, grid.size)).exp_()
     return factors.view(*gate.shape[:3], grid.length + 1, grid.size)
 
 
 def _forward(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+    length: int, counts: list[int], tables: list[Tensor],
 ) -> list[Tensor]:
     """Output (B, T, H, N) and final state (B, H, N, N), and what ``_backward`` wants kept beside ``w``."""
     dtype = compute_dtype(r, w, k, v, a, b, state)
-    grid = ChunkGrid.of(v, length)
+    grid = ChunkGrid.of(v, length, counts, tables)
     chunks, groups, size = grid.chunks, grid.groups, grid.size
     factors = _decay_factors(grid, w, dtype)
     before, after = factors[..., :-1, :], factors[..., 1:, :]
@@ -114,34 +116,36 @@ def _forward(
     U = torch.bmm(inverse, torch.bmm(A[:, length:, :length], z[:, :length]))
     across = torch.bmm(W.mT, q[:, length:])
     across.diagonal(dim1=1, dim2=2).add_(1)
-    states = v.new_empty(chunks + 1, groups, size, size, dtype=dtype)
-    torch.bmm(z[:, :length].mT, q[:, :length], out=states[1:].view(-1, size, size))
-    states[1:].view(-1, size, size).baddbmm_(U.mT, q[:, length:])
+    states = v.new_empty(chunks + grid.starts, groups, size, size, dtype=dtype)
+    left = grid.left(states).view(-1, size, size)
+    torch.bmm(z[:, :length].mT, q[:, :length], out=left).baddbmm_(U.mT, q[:, length:])
 
-    edge = factors[..., -1, :].clone().view(chunks, groups, 1, size)
     start = factors[..., 0, :].reshape(chunks, groups, 1, size)
-    edge[:-1] /= start[1:]
+    behind = torch.cat((start, torch.ones_like(start[: grid.starts])))[grid.after]
+    edge = factors[..., -1, :].reshape(start.shape) / behind
     if state is None:
-        states[0] = 0
+        states[: grid.starts] = 0
     else:
-        torch.div(state.reshape(groups, size, size), start[0], out=states[0])
-    across = across.view(chunks, groups, size, size)
-    for i in range(chunks):
-        if i or state is not None:
-            states[i + 1].baddbmm_(states[i], across[i])
-        states[i + 1].mul_(edge[i])
-    starts = states[:-1].view(-1, size, size)
+        torch.div(grid.entering(state), start[: grid.starts], out=states[: grid.starts])
+    scanned, edges = states.view(-1, size, size), edge.view(-1, 1, size)
+    fresh = 0 if state is not None else grid.starts * groups
+    for here, there in grid.scan():
+        if here.start >= fresh:
+            left[here].baddbmm_(scanned[here], across[here])
+        torch.mul(left[here], edges[here], out=scanned[there])
+    starts = scanned[: grid.matrices]
     U.baddbmm_(W, starts.mT)
     z[:, length:] = U
     y = torch.bmm(A[:, :length], z).baddbmm_(p[:, :length], starts.mT)
-    final = states[-1].view(grid.batch, grid.heads, size, size).clone()
+    final = grid.leaving(states[chunks:], state)
     return [grid.store(y, v.dtype), final, factors, edge, p, q, z, A, inverse, W, states]
 
 
 def _forward_sizes(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+    length: int, counts: list[int], tables: list[Tensor],
 ) -> list[Tensor]:
-    grid = ChunkGrid.of(v, length)
+    grid = ChunkGrid.of(v, length, counts, tables)
     dtype = compute_dtype(r, w, k, v, a, b, state)
     chunks, matrices, size = grid.chunks, grid.matrices, grid.size
 
@@ -150,24 +154,24 @@ def _forward_sizes(
 
     return [
         torch.empty_like(v, memory_format=torch.contiguous_format),
-        own(grid.batch, grid.heads, size, size),
+        grid.leaving(own(grid.starts, grid.groups, size, size), state),
         grid.empty(length + 1, size, like=v, dtype=dtype),
         own(chunks, grid.groups, 1, size),
         *(own(matrices, 2 * length, size) for _ in range(3)),
         own(matrices, 2 * length, 2 * length),
         own(matrices, length, length).mT,
         own(matrices, length, size),
-        own(chunks + 1, grid.groups, size, size),
+        own(chunks + grid.starts, grid.groups, size, size),
     ]
 
 
 def _backward(
     dy: Tensor | None, dfinal: Tensor | None, w: Tensor, kept: list[Tensor], like: list[Tensor],
-    length: int, has_state: bool, state_alone: bool,
+    length: int, counts: list[int], tables: list[Tensor], has_state: bool, state_alone: bool,
 ) -> list[Tensor]:
     """Gradients of r, w, k, v, a, b unless ``state_alone``, in the dtypes of ``like``, and of the state if any."""
     factors, edge, p, q, z, A, inverse, W, states = kept
-    grid = ChunkGrid.of(w, length)
+    grid = ChunkGrid.of(w, length, counts, tables)
     chunks, groups, size = grid.chunks, grid.groups, grid.size
     d = grid.empty(2, length, size, like=p, dtype=p.dtype)
     if dy is None:
@@ -178,23 +182,24 @@ def _backward(
     du = torch.bmm(A[:, :length, length:].mT, d[:, :length])
 
     grads = torch.empty_like(states)
-    grads[-1] = 0 if dfinal is None else dfinal.reshape(groups, size, size)
-    torch.bmm(d[:, :length].mT, p[:, :length], out=grads[:-1].view(-1, size, size))
-    grads[:-1].view(-1, size, size).baddbmm_(du.mT, W)
-    across = torch.bmm(q[:, length:].mT, W).view(chunks, groups, size, size)
-    across.diagonal(dim1=2, dim2=3).add_(1)
+    grads[chunks:] = 0 if dfinal is None else grid.entering(dfinal)
+    scanned, edges = grads.view(-1, size, size), edge.view(-1, 1, size)
+    torch.bmm(d[:, :length].mT, p[:, :length], out=scanned[: grid.matrices]).baddbmm_(du.mT, W)
+    across = torch.bmm(q[:, length:].mT, W)
+    across.diagonal(dim1=1, dim2=2).add_(1)
     ends = torch.empty_like(across)
-    for i in reversed(range(chunks)):
-        torch.mul(grads[i + 1], edge[i], out=ends[i])
-        grads[i].baddbmm_(ends[i], across[i])
+    for here, there in reversed(grid.scan()):
+        torch.mul(scanned[there], edges[here], out=ends[here])
+        if has_state or here.start >= grid.starts * groups:
+            scanned[here].baddbmm_(ends[here], across[here])
     dstate = []
     if has_state:
-        first = grads[0] / factors[0, ..., 0, :].reshape(groups, 1, size)
-        dstate = [first.view(grid.batch, grid.heads, size, size)]
+        start = factors[: grid.starts, ..., 0, :].reshape(-1, groups, 1, size)
+        dstate = [grid.leaving(grads[: grid.starts] / start, dfinal)]
     if state_alone:
         return dstate
 
-    starts, ends = states[:-1].view(-1, size, size), ends.view(-1, size, size)
+    starts = states.view(-1, size, size)[: grid.matrices]
     du.baddbmm_(q[:, length:], ends.mT)
     d[:, length:] = torch.bmm(inverse.mT, du)
     dvc = torch.bmm(A[:, :, :length].mT, d).baddbmm_(q[:, :length], ends.mT)
@@ -206,7 +211,7 @@ def _backward(
     later = torch.ones(length, length, dtype=dp.dtype, device=dp.device).triu()
     later = torch.cat([later, later.triu(1)], 1)
     dlog = torch.bmm(later.expand(grid.matrices, -1, -1), through).addcmul_(q[:, length:], dq[:, length:], value=-1)
-    edges = torch.mul(states[1:], grads[1:], out=across).sum(2, keepdim=True)
+    edges = grads.mul_(states).sum(2, keepdim=True)[grid.after]
     dlog = dlog.view(chunks, groups, length, size).add_(edges).view(*factors.shape[:3], length, size)
 
     before, after = factors[..., :-1, :], factors[..., 1:, :]
@@ -227,24 +232,26 @@ def _backward(
 
 def _backward_sizes(
     dy: Tensor | None, dfinal: Tensor | None, w: Tensor, kept: list[Tensor], like: list[Tensor],
-    length: int, has_state: bool, state_alone: bool,
+    length: int, counts: list[int], tables: list[Tensor], has_state: bool, state_alone: bool,
 ) -> list[Tensor]:
-    batch, _, heads, size = w.shape
-    dstate = [kept[0].new_empty((batch, heads, size, size))] if has_state else []
+    grid = ChunkGrid.of(w, length, counts, tables)
+    dstate = [grid.leaving(kept[0].new_empty(grid.starts, grid.groups, grid.size, grid.size), dfinal)]
+    dstate = dstate if has_state else []
     return dstate if state_alone else [*(x.new_empty(w.shape) for x in like), *dstate]
 
 
 _forward_op = opaque(
     "wkv7_torch_forward",
-    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, int length) -> Tensor[]",
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, int length, "
+    "int[] counts, Tensor[] tables) -> Tensor[]",
     _forward,
     _forward_sizes,
     in_pytorch=True,
 )
 _backward_op = opaque(
     "wkv7_torch_backward",
-    "(Tensor? dy, Tensor? dfinal, Tensor w, Tensor[] kept, Tensor[] like, int length, bool has_state, "
-    "bool state_alone) -> Tensor[]",
+    "(Tensor? dy, Tensor? dfinal, Tensor w, Tensor[] kept, Tensor[] like, int length, int[] counts, "
+    "Tensor[] tables, bool has_state, bool state_alone) -> Tensor[]",
     _backward,
     _backward_sizes,
     in_pytorch=True,
@@ -254,13 +261,14 @@ _backward_op = opaque(
 class _Wkv7(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, length: int
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+        length: int, counts: tuple[int, ...], tables: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
-        y, final, *kept = _forward_op(r, w, k, v, a, b, state, length)
+        y, final, *kept = _forward_op(r, w, k, v, a, b, state, length, counts, tables)
         # of the operands only the dtypes are kept
         like = [x.new_empty(0) for x in (r, w, k, v, a, b)]
-        ctx.save_for_backward(w, *like, *kept)
-        ctx.length, ctx.has_state = length, state is not None
+        ctx.save_for_backward(w, *like, *tables, *kept)
+        ctx.length, ctx.counts, ctx.tables, ctx.has_state = length, counts, len(tables), state is not None
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -269,9 +277,12 @@ class _Wkv7(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         w, *saved = ctx.saved_tensors
         state_alone = not any(ctx.needs_input_grad[:6])
-        grads = _backward_op(dy, dfinal, w, saved[6:], saved[:6], ctx.length, ctx.has_state, state_alone)
+        like, tables, kept = saved[:6], saved[6 : 6 + ctx.tables], saved[6 + ctx.tables :]
+        grads = _backward_op(
+            dy, dfinal, w, kept, like, ctx.length, ctx.counts, tables, ctx.has_state, state_alone
+        )
         dstate = grads[-1] if ctx.has_state else None
-        return *((None,) * 6 if state_alone else grads[:6]), dstate, None
+        return *((None,) * 6 if state_alone else grads[:6]), dstate, None, None, None
 
 
-BACKEND = Backend("torch", "chunked matrix products", wkv7, Supports())
+BACKEND = Backend("torch", "chunked matrix products", wkv7, Supports(), packed=True)
