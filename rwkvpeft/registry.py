@@ -87,7 +87,7 @@ OBJECTIVES: dict[str, str] = {
 
 SOURCES: dict[str, str] = {
     "binidx": "rwkvpeft.data.binidx:open_binidx",
-    "jsonl": "rwkvpeft.data.jsonl:open_jsonl",
+    "jsonl": "rwkvpeft.data.records:open_jsonl",
     "sft": "rwkvpeft.data.huggingface:open_sft",
     "utf-8": "rwkvpeft.data.text:open_text",
     "utf-16le": "rwkvpeft.data.text:open_text",

@@ -7,7 +7,6 @@ import contextlib
 import secrets
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +15,8 @@ from rwkvpeft.cli.guard import guarded
 from rwkvpeft.errors import UserError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from rwkvpeft.data.binidx import BinidxSource
-    from rwkvpeft.data.convert import Converted, Progress
+    from rwkvpeft.data.convert import Converted
     from rwkvpeft.data.source import Tokens
     from rwkvpeft.data.tokenizer import Tokenizer
 
@@ -29,11 +26,11 @@ Each line of IN.jsonl is one JSON object, in one of these layouts:
   {"messages": [{"role": "user", "content": "..."}, ...]}      System / User / Assistant turns
   {"conversations": [{"from": "human", "value": "..."}, ...]}  the same
   {"instruction": "...", "input": "...", "output": "..."}      Instruction / Input / Response
+  {"prompt": "...", "completion": "..."}                       User / Assistant
 
 The lines are shuffled once for each epoch. With the same --seed the files come out the same, byte for byte.
 """
 _PREVIEW_TOKENS = 100
-_SECONDS_BETWEEN_LINES = 5.0
 _EXIT_TERMINATED = 143
 
 
@@ -67,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", metavar="N", type=_positive, help="processes; default: one for each processor")
     parser.add_argument("--skip_bad_lines", action="store_true", help="count bad lines and leave them out")
+    parser.add_argument(
+        "--mask",
+        action="store_true",
+        help="write NAME.mask too: who says each token, for train.py --loss_mask qa or last and --mask_think",
+    )
     parser.add_argument("--text_key", metavar="NAME", default="text", help="field of a whole document; default: text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     return parser
@@ -87,6 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     from rwkvpeft.data.binidx import BinidxSource
     from rwkvpeft.data.convert import Conversion, convert
     from rwkvpeft.data.jsonl import require_readable
+    from rwkvpeft.data.progress import ProgressLines
     from rwkvpeft.data.tokenizer import load_tokenizer
 
     require_readable(options.file)
@@ -101,9 +104,11 @@ def _run(options: argparse.Namespace) -> int:
         text_key=options.text_key,
         workers=options.workers,
         skip_bad=options.skip_bad_lines,
+        with_mask=options.mask,
     )
-    print(f"### {job.path} -> {prefix}.bin, {prefix}.idx: {job.epochs} shuffled, --seed {seed}", flush=True)
-    with _ProgressLines(sys.stderr.isatty()) as progress:
+    written = ", ".join(f"{prefix}.{kind}" for kind in ("bin", "idx", *(("mask",) if job.with_mask else ())))
+    print(f"### {job.path} -> {written}: {job.epochs} shuffled, --seed {seed}", flush=True)
+    with ProgressLines(sys.stderr.isatty()) as progress:
         converted = convert(job, progress.show)
     _print_result(converted, BinidxSource(prefix), load_tokenizer(options.tokenizer), prefix, options.ctx_len)
     return 0
@@ -115,61 +120,11 @@ def _output_prefix(source: Path, output: Path | None) -> Path:
         prefix = prefix.with_suffix("")
     if not prefix.name:
         raise UserError("--output has no file name", found=str(output), expected="a prefix, for instance data/train")
-    for suffix in (".bin", ".idx"):
+    for suffix in (".bin", ".idx", ".mask"):
         target = prefix.with_name(prefix.name + suffix)
         if target.exists() and target.samefile(source):
             raise UserError(f"the output {target} would replace the input", fix="--output with another prefix")
     return prefix
-
-
-class _ProgressLines:
-    """Shows progress as a bar on a terminal, and as a line now and then where output goes to a file."""
-
-    def __init__(self, is_terminal: bool) -> None:
-        self._is_terminal = is_terminal
-        self._bar: tqdm | None = None
-        self._stage = ""
-        self._printed = self._started = time.monotonic()
-
-    def __enter__(self) -> _ProgressLines:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._close()
-
-    def show(self, progress: Progress) -> None:
-        """Report a stage's progress; cheap enough to be called a thousand times a second."""
-        if progress.stage != self._stage:
-            self._close()
-            if self._stage:
-                self._started = self._printed = time.monotonic()
-            self._stage = progress.stage
-        if self._is_terminal:
-            self._show_bar(progress)
-            return
-        now, is_last = time.monotonic(), progress.done >= progress.total
-        if is_last or now - self._printed >= _SECONDS_BETWEEN_LINES:
-            self._printed = now
-            share = 100 * progress.done / max(progress.total, 1)
-            rate = progress.tokens / max(now - self._started, 1e-3) / 1e6
-            line = f"{progress.stage}: {share:.0f} %, {progress.tokens} tokens, {rate:.2f} million a second"
-            print(line, file=sys.stderr, flush=True)
-
-    def _show_bar(self, progress: Progress) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            is_bytes = progress.stage == "tokenise"
-            self._bar = tqdm(
-                total=progress.total, desc=progress.stage, unit="B" if is_bytes else " documents", unit_scale=True
-            )
-        self._bar.set_postfix_str(f"{progress.tokens / 1e6:.1f} M tokens", refresh=False)
-        self._bar.update(progress.done - self._bar.n)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _print_result(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from rwkvpeft.atomic import make_durable, partial_beside, writing
 from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data.mask_file import begin_mask, finish_mask, pair_fingerprint, read_mask
 from rwkvpeft.data.source import TokenSource
+from rwkvpeft.data.voices import Spoken, Voice
 from rwkvpeft.errors import ContractError, UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -37,9 +39,10 @@ _FIX = "write the pair again with make_data.py"
 class BinidxSource(TokenSource):
     """A pair of files, read through memory maps. Workers that are handed one open the files themselves."""
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, with_mask: bool = False) -> None:
         """Open and validate the pair. ``prefix`` may also be the path of either file.
 
+        Args: ``with_mask``: who says each token is read from ``PREFIX.mask``, which must be there and belong to it.
         Raises: UserError for a missing, empty, damaged, truncated or foreign file, or one that holds floats.
         """
         self.prefix = _without_suffix(prefix)
@@ -51,15 +54,36 @@ class BinidxSource(TokenSource):
         index.check_pointers(tokens_path)
         self.starts = index.pointers // index.dtype.itemsize if index.dtype.itemsize > 1 else index.pointers
         self.stream = _map(tokens_path, index.dtype, tokens_path.stat().st_size // index.dtype.itemsize)
+        self._mask: tuple[npt.NDArray[np.uint8], tuple[Voice, ...]] | None = None
+        if with_mask:
+            path = mask_path(self.prefix)
+            self._mask = read_mask(path, len(self.stream), pair_fingerprint(tokens_path, index_path))
+            self.notes = (f"who says each token is read from {path}",)
 
-    def __reduce__(self) -> tuple[type[BinidxSource], tuple[Path]]:
+    def spoken(self, index: int) -> Spoken | None:
+        """See ``TokenSource``; None without a mask."""
+        if self._mask is None:
+            return None
+        start = int(self.starts[index])
+        return Spoken(self._mask[0][start : start + int(self.sizes[index])], self._mask[1])
+
+    def __reduce__(self) -> tuple[type[BinidxSource], tuple[Path, bool]]:
         # a memory map would be pickled as a copy of the file
-        return BinidxSource, (self.prefix,)
+        return BinidxSource, (self.prefix, self._mask is not None)
 
 
 def open_binidx(config: DataConfig) -> BinidxSource:
-    """The pair ``--data_file`` names. Raises: UserError as ``BinidxSource`` does."""
-    return BinidxSource(config.data_file)
+    """The pair ``--data_file`` names, with its mask where there is one and the settings go by it.
+
+    Raises: UserError as ``BinidxSource`` does.
+    """
+    goes_by_it = config.loss_mask in ("qa", "last") or config.mask_think
+    return BinidxSource(config.data_file, goes_by_it and mask_path(_without_suffix(config.data_file)).exists())
+
+
+def mask_path(prefix: Path) -> Path:
+    """The mask of the pair ``prefix``."""
+    return prefix.with_name(prefix.name + ".mask")
 
 
 class _Index:
@@ -132,9 +156,14 @@ class _Index:
 class BinidxWriter:
     """Writes a pair bit by bit; the pair appears when the ``with`` block ends well, and not at all otherwise."""
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike = np.uint16) -> None:
-        """Args: ``prefix`` of the two files; ``dtype`` of the tokens, one of the format's integer types."""
+    def __init__(
+        self, prefix: str | Path, dtype: npt.DTypeLike = np.uint16, voices: Sequence[Voice] | None = None
+    ) -> None:
+        """Args: ``prefix`` of the files; ``dtype`` of the tokens, one of the format's integer types; ``voices``: what
+        the codes given with the documents stand for, if a mask is to be written with the pair."""
         self._index_path, self._tokens_path = _pair(Path(prefix))
+        self._mask_path = mask_path(Path(prefix))
+        self._voices = voices
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in _CODES:
             raise ContractError(f"binidx cannot store tokens of type {self.dtype}")
@@ -145,11 +174,15 @@ class BinidxWriter:
     def __enter__(self) -> BinidxWriter:
         self._partial_index = partial_beside(self._index_path)
         self._partial_tokens = partial_beside(self._tokens_path)
+        self._partial_mask = partial_beside(self._mask_path)
         with writing(self._tokens_path):
             self._tokens_path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._index = self._partial_index.open("w+b")
                 self._tokens = self._partial_tokens.open("wb")
+                if self._voices is not None:
+                    self._mask = self._partial_mask.open("wb")
+                    begin_mask(self._mask)
             except BaseException:
                 self._discard()
                 raise
@@ -157,10 +190,14 @@ class BinidxWriter:
         self._index.write(bytes(_HEADER.size))
         return self
 
-    def add(self, documents: Iterable[memoryview], sizes: npt.NDArray[np.integer]) -> None:
-        """Append documents: their tokens in the writer's type, and the size of each in tokens."""
+    def add(
+        self, documents: Iterable[memoryview], sizes: npt.NDArray[np.integer], codes: Iterable[memoryview] = ()
+    ) -> None:
+        """Append documents: their tokens in the writer's type, the size of each in tokens, and their voices' codes."""
         with writing(self._tokens_path):
             self._tokens.writelines(documents)
+            if self._voices is not None:
+                self._mask.writelines(codes)
             self._index.write(sizes.astype("<i4").tobytes())
         self.n_documents += len(sizes)
         self.n_tokens += int(sizes.sum(dtype=np.int64))
@@ -195,14 +232,24 @@ class BinidxWriter:
         for file, path in ((self._index, self._partial_index), (self._tokens, self._partial_tokens)):
             file.close()
             make_durable(path)
+        if self._voices is not None:
+            fingerprint = pair_fingerprint(self._partial_tokens, self._partial_index)
+            finish_mask(self._mask, self.n_tokens, self._voices, fingerprint)
+            self._mask.close()
+            make_durable(self._partial_mask)
         # an older index beside newer tokens would be read as a whole pair; none at all is found out at once
         self._index_path.unlink(missing_ok=True)
+        # and an older mask is of other tokens
+        self._mask_path.unlink(missing_ok=True)
         os.replace(self._partial_tokens, self._tokens_path)
+        if self._voices is not None:
+            os.replace(self._partial_mask, self._mask_path)
         os.replace(self._partial_index, self._index_path)
         make_durable(self._tokens_path.parent)
 
     def _discard(self) -> None:
-        for name, path in (("_index", self._partial_index), ("_tokens", self._partial_tokens)):
+        files = {"_index": self._partial_index, "_tokens": self._partial_tokens, "_mask": self._partial_mask}
+        for name, path in files.items():
             # closing writes what is still buffered, which fails on a full disk
             with contextlib.suppress(OSError):
                 if hasattr(self, name):

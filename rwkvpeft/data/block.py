@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkvpeft.data.conversation import RecordError, document_text
+from rwkvpeft.data.conversation import RecordError, document_text, segments, tokenise
 from rwkvpeft.data.jsonl import BadLine, excerpt, parse_line, read_block
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from rwkvpeft.data.voices import Voice, VoiceTable
 from rwkvpeft.errors import UserError
 
 _Numbers = npt.NDArray[np.int64]
@@ -30,36 +31,50 @@ class BadDocument(NamedTuple):
 class Block(NamedTuple):
     """What a range of lines holds.
 
-    ``tokens`` uint16, documents end to end, each with its final 0; ``sizes`` int32, tokens of each; ``lines`` read,
-    blank ones included; ``bad`` lines by number.
+    ``tokens`` uint16, or int32 above 65536 ids, documents end to end, each with its final 0; ``sizes`` int32, tokens of
+    each; ``lines`` read, blank ones included; ``bad`` lines by number; ``codes`` uint8, for each token the number of
+    its voice in ``voices``, nothing if that was not asked for.
     """
 
-    tokens: npt.NDArray[np.uint16]
+    tokens: npt.NDArray[np.integer]
     sizes: npt.NDArray[np.int32]
     lines: int
     bad: list[BadDocument]
+    codes: npt.NDArray[np.uint8]
+    voices: tuple[Voice, ...]
 
 
-def tokenise_block(path: Path, start: int, end: int, tokenizer_name: str, text_key: str) -> Block:
+def tokenise_block(
+    path: Path, start: int, end: int, tokenizer_name: str, text_key: str, with_voices: bool = False
+) -> Block:
     """Tokenise the documents of bytes ``start`` to ``end`` of a file, and see that each decodes back to itself.
 
-    Bad lines are returned, not raised. The tokenizer has at most 65536 ids; it is loaded once per process.
+    Bad lines are returned, not raised. The tokenizer is loaded once per process.
     """
     tokenizer = _loaded(tokenizer_name)
     lines = read_block(path, start, end)
-    stream = array("H")
+    stream = array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
+    table = VoiceTable()
     ends: list[int] = []
     numbers: list[int] = []
     texts: list[bytes] = []
+    spoken: list[npt.NDArray[np.uint8]] = []
     bad: list[BadDocument] = []
     for number, raw in enumerate(lines, start=1):
         try:
             record = parse_line(raw)
             if record is None:
                 continue
-            text = document_text(record, text_key)
-            # an array of a list is made in half the time that extending by the list takes
-            stream.extend(array("H", tokenizer.encode(text)))
+            if with_voices:
+                parts = segments(record, text_key)
+                text = "".join(part.text for part in parts)
+                tokens, codes = tokenise(parts, tokenizer, table)
+                stream.extend(array(stream.typecode, tokens[:-1]))
+                spoken.append(codes)
+            else:
+                text = document_text(record, text_key)
+                # an array of a list is made in half the time that extending by the list takes
+                stream.extend(array(stream.typecode, tokenizer.encode(text)))
         except (BadLine, RecordError, UserError) as reason:
             what = reason.what if isinstance(reason, UserError) else str(reason)
             bad.append(BadDocument(number, what, excerpt(raw)))
@@ -67,14 +82,18 @@ def tokenise_block(path: Path, start: int, end: int, tokenizer_name: str, text_k
         ends.append(len(stream))
         numbers.append(number)
         texts.append(tokenizer.to_bytes(text))
-    content, document_ends = np.frombuffer(stream, dtype=np.uint16), np.array(ends, dtype=np.int64)
+    content: npt.NDArray[np.integer] = np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32)
+    document_ends = np.array(ends, dtype=np.int64)
     lossy = _lossy_documents(tokenizer, content, document_ends, texts)
     if lossy:
         bad += [BadDocument(numbers[i], "the tokens do not decode to the text", excerpt(texts[i])) for i in lossy]
         bad.sort()
         content, document_ends = _without(lossy, content, document_ends)
+        spoken = [codes for i, codes in enumerate(spoken) if i not in lossy]
     sizes = np.diff(document_ends, prepend=0) + 1
-    return Block(np.insert(content, document_ends, END_OF_DOCUMENT), sizes.astype(np.int32), len(lines), bad)
+    tokens_with_ends = np.insert(content, document_ends, END_OF_DOCUMENT)
+    all_codes = np.concatenate(spoken) if spoken else np.empty(0, dtype=np.uint8)
+    return Block(tokens_with_ends, sizes.astype(np.int32), len(lines), bad, all_codes, table.voices)
 
 
 def prepare(tokenizer_name: str) -> None:
@@ -89,7 +108,7 @@ def _loaded(name: str) -> Tokenizer:
 
 
 def _lossy_documents(
-    tokenizer: Tokenizer, content: npt.NDArray[np.uint16], ends: _Numbers, texts: Sequence[bytes]
+    tokenizer: Tokenizer, content: npt.NDArray[np.integer], ends: _Numbers, texts: Sequence[bytes]
 ) -> list[int]:
     """The documents whose tokens spell something else than their text; all are compared at once."""
     reached = np.cumsum(tokenizer.byte_lengths[content], dtype=np.int64)
@@ -103,8 +122,8 @@ def _lossy_documents(
 
 
 def _without(
-    documents: list[int], content: npt.NDArray[np.uint16], ends: _Numbers
-) -> tuple[npt.NDArray[np.uint16], _Numbers]:
+    documents: list[int], content: npt.NDArray[np.integer], ends: _Numbers
+) -> tuple[npt.NDArray[np.integer], _Numbers]:
     sizes = np.diff(ends, prepend=0)
     keep = np.ones(len(ends), dtype=bool)
     keep[documents] = False

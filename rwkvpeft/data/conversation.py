@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from rwkvpeft.data.layouts import RecordError, as_text, read_turns
 from rwkvpeft.data.template import Segment, answer_spans, render, split_text
+from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from rwkvpeft.data.voices import VoiceTable
 
-__all__ = ["RecordError", "Segment", "answer_spans", "document_text", "segments"]
+__all__ = ["RecordError", "Segment", "answer_spans", "document_text", "segments", "tokenise"]
 
 
 def document_text(record: Mapping[str, Any], text_key: str = "text") -> str:
@@ -38,3 +43,25 @@ def segments(record: Mapping[str, Any], text_key: str = "text") -> list[Segment]
     if text_key in record:
         return split_text(as_text(record[text_key], f'field "{text_key}"'))
     return render(read_turns(record, text_key))
+
+
+def tokenise(
+    parts: list[Segment], tokenizer: Tokenizer, table: VoiceTable
+) -> tuple[list[int], npt.NDArray[np.uint8]]:
+    """A document's tokens, the final 0 included, and for each of them the number of its voice in ``table``.
+
+    The joined text is tokenised as one, so that the tokens are those a model meets when it reads the text. A token
+    that lies across a border belongs to the part it starts in; the final 0 belongs to the last part.
+    Raises: UserError if the text cannot be encoded, or the voices are too many for the table.
+    """
+    tokens = tokenizer.encode("".join(part.text for part in parts))
+    lengths = tokenizer.byte_lengths[np.array(tokens, dtype=np.int64)]
+    starts = np.cumsum(lengths) - lengths
+    part_ends = np.cumsum([len(tokenizer.to_bytes(part.text)) for part in parts])
+    codes = np.array([table.code(part.voice) for part in parts], dtype=np.uint8)
+    spoken = np.zeros(len(tokens) + 1, dtype=np.uint8)
+    if parts:
+        spoken[:-1] = codes[np.searchsorted(part_ends, starts, side="right")]
+        spoken[-1] = codes[-1]
+    tokens.append(END_OF_DOCUMENT)
+    return tokens, spoken

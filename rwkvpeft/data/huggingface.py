@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.jsonl import Record, RecordSource
+from rwkvpeft.data.jsonl import Record
+from rwkvpeft.data.records import RecordSource
 from rwkvpeft.data.tables import TABLES, missing_data_package, read_table
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError

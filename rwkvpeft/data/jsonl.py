@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line: read with errors that name file, line and cause, or tokenised as a source.
+"""Files of JSON objects, one a line, read with errors that name file, line and cause.
 
 Lines end at LF, CR or CRLF and nowhere else: U+2028 and U+0085 are characters of a document.
 """
@@ -6,24 +6,15 @@ Lines end at LF, CR or CRLF and nowhere else: U+2028 and U+0085 are characters o
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.conversation import RecordError, Segment, segments
-from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
-from rwkvpeft.data.voices import Spoken, VoiceTable
 from rwkvpeft.errors import UserError
 
 BLOCK_BYTES = 1 << 22
 _SEARCHED_AT_ONCE = 1 << 16
-_SHOWN = 80
+SHOWN = 80
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -72,7 +63,7 @@ def line_error(path: Path | str, line: int, what: str, shown: str) -> UserError:
 
 def excerpt(raw: bytes) -> str:
     """The first 80 characters of a line, fit for a terminal."""
-    shown = raw[: 4 * _SHOWN].decode("utf-8", errors="replace").strip()[:_SHOWN]
+    shown = raw[: 4 * SHOWN].decode("utf-8", errors="replace").strip()[:SHOWN]
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in shown
     )
@@ -153,77 +144,3 @@ def _line_end(file: BinaryIO, position: int, size: int) -> int:
             return position + end + is_pair
         position += _SEARCHED_AT_ONCE
     return size
-
-
-class RecordSource(TokenSource):
-    """Records of any origin, tokenised when the source is made and held in memory: three bytes a token, five above
-    65536 ids.
-    """
-
-    def __init__(self, name: str, records: Iterable[Record], tokenizer: Tokenizer, text_key: str = "text") -> None:
-        """Args: ``name`` of the file, for messages. Raises: UserError with NAME:LINE for a record that is no document,
-        and what ``records`` raises."""
-        self.name = name
-        stream = array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
-        sizes = array("i")
-        codes, table = bytearray(), VoiceTable()
-        for record in records:
-            try:
-                tokens, spoken = tokenise(segments(record.value, text_key), tokenizer, table)
-            except (RecordError, UserError) as reason:
-                what = reason.what if isinstance(reason, UserError) else str(reason)
-                # tables hold values that JSON does not know, as dates
-                shown = json.dumps(record.value, ensure_ascii=False, default=str)[:_SHOWN]
-                raise line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
-            stream.extend(array(stream.typecode, tokens))
-            sizes.append(len(tokens))
-            codes += spoken.tobytes()
-        self.stream = _read_only(np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32))
-        self.sizes = np.frombuffer(sizes, dtype=np.int32)
-        self.starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
-        self._codes, self._voices = _read_only(np.frombuffer(codes, dtype=np.uint8)), table.voices
-
-    def spoken(self, index: int) -> Spoken:
-        """Who says each token of document ``index``. Known from the roles, not from the text."""
-        start = int(self.starts[index])
-        return Spoken(self._codes[start : start + int(self.sizes[index])], self._voices)
-
-
-class JsonlSource(RecordSource):
-    """A jsonl file as documents."""
-
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, text_key: str = "text") -> None:
-        """Raises: UserError with FILE:LINE for a line that is no document, or if the file holds none."""
-        super().__init__(str(path), read_records(path), tokenizer, text_key)
-
-
-def open_jsonl(config: DataConfig) -> JsonlSource:
-    """The file ``--data_file`` names. Raises: UserError as ``JsonlSource`` does."""
-    return JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key)
-
-
-def tokenise(
-    parts: list[Segment], tokenizer: Tokenizer, table: VoiceTable
-) -> tuple[list[int], npt.NDArray[np.uint8]]:
-    """A document's tokens, the final 0 included, and for each of them the number of its voice in ``table``.
-
-    The joined text is tokenised as one, so that the tokens are those a model meets when it reads the text. A token
-    that lies across a border belongs to the part it starts in; the final 0 belongs to the last part.
-    Raises: UserError if the text cannot be encoded, or the voices are too many for the table.
-    """
-    tokens = tokenizer.encode("".join(part.text for part in parts))
-    lengths = tokenizer.byte_lengths[np.array(tokens, dtype=np.int64)]
-    starts = np.cumsum(lengths) - lengths
-    part_ends = np.cumsum([len(tokenizer.to_bytes(part.text)) for part in parts])
-    codes = np.array([table.code(part.voice) for part in parts], dtype=np.uint8)
-    spoken = np.zeros(len(tokens) + 1, dtype=np.uint8)
-    if parts:
-        spoken[:-1] = codes[np.searchsorted(part_ends, starts, side="right")]
-        spoken[-1] = codes[-1]
-    tokens.append(END_OF_DOCUMENT)
-    return tokens, spoken
-
-
-def _read_only(values: np.ndarray) -> np.ndarray:
-    values.flags.writeable = False
-    return values

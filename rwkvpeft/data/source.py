@@ -23,9 +23,11 @@ class TokenSource:
         stream: (n_tokens,) all tokens end to end, in a small integer type; possibly mapped from a file.
         starts: (len,) int64, where in ``stream`` each document begins.
         sizes: (len,) int32, tokens of each document, the final 0 included.
+        notes: what people should know about how it is read.
     """
 
     name: str
+    notes: tuple[str, ...] = ()
     stream: Tokens
     starts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int32]

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from rwkvpeft.data import convert as module
+from rwkvpeft.data import parallel as module
 from rwkvpeft.data.binidx import BinidxSource
 from rwkvpeft.data.convert import Conversion, convert
 from rwkvpeft.data.jsonl import blocks

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from rwkvpeft.data.jsonl import JsonlSource, blocks, read_block, read_records
+from rwkvpeft.data.jsonl import blocks, read_block, read_records
+from rwkvpeft.data.records import JsonlSource
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 

@@ -1,0 +1,108 @@
+"""Records as a source of documents: tokenised when it is made, and held in memory with who says each token."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data.conversation import RecordError, segments, tokenise
+from rwkvpeft.data.jsonl import SHOWN, Record, excerpt, line_error
+from rwkvpeft.data.parallel import tokenised_blocks
+from rwkvpeft.data.progress import Progress, ProgressLines
+from rwkvpeft.data.source import TokenSource
+from rwkvpeft.data.tokenizer import Tokenizer, load_tokenizer
+from rwkvpeft.data.voices import Spoken, Voice, VoiceTable
+from rwkvpeft.errors import UserError
+
+
+class RecordSource(TokenSource):
+    """Records of any origin, tokenised when the source is made and held in memory: three bytes a token, five above
+    65536 ids.
+    """
+
+    def __init__(self, name: str, records: Iterable[Record], tokenizer: Tokenizer, text_key: str = "text") -> None:
+        """Args: ``name`` of the file, for messages. Raises: UserError with NAME:LINE for a record that is no document,
+        and what ``records`` raises."""
+        self.name = name
+        stream = _empty_stream(tokenizer)
+        sizes = array("i")
+        codes, table = bytearray(), VoiceTable()
+        for record in records:
+            try:
+                tokens, spoken = tokenise(segments(record.value, text_key), tokenizer, table)
+            except (RecordError, UserError) as reason:
+                what = reason.what if isinstance(reason, UserError) else str(reason)
+                # tables hold values that JSON does not know, as dates
+                shown = json.dumps(record.value, ensure_ascii=False, default=str)[:SHOWN]
+                raise line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
+            stream.extend(array(stream.typecode, tokens))
+            sizes.append(len(tokens))
+            codes += spoken.tobytes()
+        self._hold(stream, sizes, codes, table)
+
+    def _hold(self, stream: array[int], sizes: array[int], codes: bytearray, table: VoiceTable) -> None:
+        self.stream = _read_only(np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32))
+        self.sizes = np.frombuffer(sizes, dtype=np.int32)
+        self.starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        self._codes, self._voices = _read_only(np.frombuffer(codes, dtype=np.uint8)), table.voices
+
+    @property
+    def voices(self) -> tuple[Voice, ...]:
+        """All voices that occur, and that of prompts."""
+        return self._voices
+
+    def spoken(self, index: int) -> Spoken:
+        """Who says each token of document ``index``. Known from the roles, not from the text."""
+        start = int(self.starts[index])
+        return Spoken(self._codes[start : start + int(self.sizes[index])], self._voices)
+
+
+class JsonlSource(RecordSource):
+    """A jsonl file as documents; a large one is tokenised in several processes."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        text_key: str = "text",
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        """Raises: UserError with FILE:LINE for a line that is no document, or if the file holds none."""
+        path = Path(path)
+        self.name = str(path)
+        stream = _empty_stream(tokenizer)
+        sizes = array("i")
+        codes, table, lines = bytearray(), VoiceTable(), 0
+        total = path.stat().st_size if path.is_file() else 0
+        for end, block in tokenised_blocks(path, tokenizer.name, text_key, with_voices=True):
+            if block.bad:
+                first = block.bad[0]
+                raise line_error(path, lines + first.line, first.what, first.shown)
+            stream.frombytes(block.tokens.tobytes())
+            sizes.frombytes(block.sizes.tobytes())
+            codes += table.translation(block.voices)[block.codes].tobytes()
+            lines += block.lines
+            report(Progress("tokenise", end, total, len(stream)))
+        if not sizes:
+            raise UserError(f"{path} holds no record", found=f"{lines} lines", expected="JSON objects, one a line")
+        self._hold(stream, sizes, codes, table)
+
+
+def open_jsonl(config: DataConfig) -> JsonlSource:
+    """The file ``--data_file`` names. Raises: UserError as ``JsonlSource`` does."""
+    with ProgressLines(is_terminal=False) as progress:
+        return JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key, progress.show_slow)
+
+
+def _empty_stream(tokenizer: Tokenizer) -> array[int]:
+    return array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    values.flags.writeable = False
+    return values
