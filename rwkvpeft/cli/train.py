@@ -47,10 +47,9 @@ def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:
 
 def _run(config: TrainConfig, remarks: list[str]) -> int:
     # the libraries take seconds to import: mistakes found so far have been told without them
-    from rwkvpeft.cli import assemble, report
+    from rwkvpeft.cli import assemble, report, watch
     from rwkvpeft.cli.scratch import find_beginning
     from rwkvpeft.data.datamodule import TrainingData
-    from rwkvpeft.data.dataset import open_dataset
     from rwkvpeft.data.preview import preview
     from rwkvpeft.data.text import data_tokenizer, keep_vocabulary
     from rwkvpeft.memory import with_level
@@ -72,8 +71,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
     trainer_arguments(config.runtime)
     assemble.check_fits(base, config)
-    assert config.data.ctx_len is not None
-    dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=base.shape.vocab_size, seed=seed)
+    dataset, held_out = watch.open_training_data(config, base.shape.vocab_size)
     longest = config
     if config.data.dataload == "only":
         longest = assemble.with_longest_row(config, dataset.report().longest)
@@ -81,6 +79,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     if config.data.preview:
         print(preview(dataset, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
         return 0
+    watched = watch.make_watched(config, held_out, base.shape.vocab_size, adapter)
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
     point = _check_resume(config, recipe, data)
@@ -101,7 +100,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
-                 loss_rows=chosen.rows.program)
+                 loss_rows=chosen.rows.program, watched=watched)
     for line in report.end_lines(config, base, result):
         _say(line)
     return 0

@@ -6,9 +6,11 @@ import json
 import os
 from pathlib import Path
 
+from rwkvpeft.config.check_evaluation import check_evaluation, check_evaluation_files
 from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_pretraining import check_pretraining
 from rwkvpeft.config.check_regularisers import check_regularisers
+from rwkvpeft.config.check_rows import check_rows
 from rwkvpeft.config.check_sources import check_vocabulary
 from rwkvpeft.config.data_files import check_data_files
 from rwkvpeft.config.findings import Findings, nearest
@@ -55,7 +57,9 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     _check_method(config, findings)
     check_pretraining(config, findings, planned=planned)
     check_regularisers(config, findings)
+    check_evaluation(config, findings)
     check_long_context(config, findings)
+    check_rows(config.data, findings)
 
 
 def _check_there(config: TrainConfig, findings: Findings) -> None:
@@ -214,6 +218,7 @@ def check_paths(config: TrainConfig, findings: Findings) -> None:
     if config.data.data_file:
         check_data_files(config.data, findings)
         check_vocabulary(config.data, config.model.load_model, findings)
+    check_evaluation_files(config, findings)
     if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
         findings.add("--resume names no folder", found=config.output.resume, expected="auto, none, or a resume folder")
     check_folder("--proj_dir", Path(config.output.proj_dir), findings)

@@ -1,0 +1,100 @@
+"""What a run is watched by: which settings go together, and how files beside ``--data_file`` are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rwkvpeft.config.check_sources import TEXTS
+from rwkvpeft.config.data_files import check_data_files, without_suffix
+from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.groups import DataConfig, EvaluationConfig, TrainConfig
+
+_AT_LEAST = {"val_split": 0, "val_steps": 0, "early_stop": 0, "general_alarm": 0, "sample_tokens": 1}
+_SUFFIXES = {".jsonl": "jsonl", ".txt": "utf-8"}
+
+
+def check_evaluation(config: TrainConfig, findings: Findings) -> None:
+    """Note every such value out of its range or without effect."""
+    evaluation = config.evaluation
+    for name, least in _AT_LEAST.items():
+        value = getattr(evaluation, name)
+        findings.check(value >= least, f"--{name} is too small", found=value, expected=f"{least} or more")
+    split = evaluation.val_split
+    findings.check(
+        split <= 1 or split == int(split),
+        "--val_split above 1 is a number of documents",
+        found=f"{split:g}",
+        fix=f"--val_split {round(split)}",
+    )
+    findings.check(
+        not (split and evaluation.val_data_file),
+        "--val_split and --val_data_file both say what is held out",
+        fix="leave one of the two out",
+    )
+    held_out = bool(evaluation.val_data_file or split)
+    findings.check(
+        held_out or not evaluation.early_stop,
+        "--early_stop needs held-out data to go by",
+        found=f"--early_stop {evaluation.early_stop}",
+        fix="--val_split 0.1, or --val_data_file FILE",
+    )
+    findings.check(
+        held_out or bool(evaluation.general_data_file or evaluation.sample_prompts) or not evaluation.val_steps,
+        "--val_steps has nothing to evaluate",
+        found=f"--val_steps {evaluation.val_steps}",
+        fix="--val_split 0.1, or --val_data_file FILE",
+    )
+    _check_vocabulary(config.data, evaluation, findings)
+
+
+def _check_vocabulary(data: DataConfig, evaluation: EvaluationConfig, findings: Findings) -> None:
+    made = data.data_type in TEXTS and data.tokenizer.endswith(".json") and not Path(data.tokenizer).exists()
+    for name in ("val_data_file", "general_data_file"):
+        findings.check(
+            not (made and getattr(evaluation, name)),
+            f"--{name} may hold characters that the vocabulary made of --data_file lacks",
+            found=f"{data.tokenizer} is not there yet",
+            fix="--tokenizer with a vocabulary that is there",
+        )
+
+
+def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
+    """Note every file that is not there."""
+    evaluation = config.evaluation
+    for name in ("val_data_file", "general_data_file"):
+        if value := getattr(evaluation, name):
+            found = Findings()
+            check_data_files(other_data(config.data, value), found)
+            for error in found.errors:
+                what, fix = (str(text).replace("--data_file", f"--{name}") for text in (error.what, error.fix))
+                findings.add(what, found=error.found, expected=error.expected, fix=fix if error.fix else None)
+    if evaluation.sample_prompts:
+        findings.check(
+            Path(evaluation.sample_prompts).is_file(),
+            "--sample_prompts names a file that does not exist",
+            found=evaluation.sample_prompts,
+            fix="check the path",
+        )
+
+
+def other_data(data: DataConfig, path: str) -> DataConfig:
+    """The settings that read ``path`` as the training data are read, in its own format where its name tells one."""
+    kind = _SUFFIXES.get(Path(path.partition(",")[0]).suffix.lower())
+    if kind is None and Path(f"{without_suffix(path)}.bin").is_file():
+        kind = "binidx"
+    kind = kind or data.data_type
+    return replace(
+        data,
+        data_file=without_suffix(path) if kind == "binidx" else path,
+        data_type=kind,
+        magic_prime=0,
+        sft_field=data.sft_field if kind == "sft" else [],
+        sft_split=data.sft_split if kind == "sft" else "train",
+        my_sample_len=data.my_sample_len if kind == "uint16" else 0,
+    )
+
+
+def general_data(data: DataConfig, path: str) -> DataConfig:
+    """The settings that read ``path`` as a stream of text all of which counts."""
+    return replace(other_data(data, path), dataload="get", loss_mask="none", mask_think=False, length_buckets=False)
