@@ -10,19 +10,21 @@ from typing import NamedTuple, TypeVar
 from rwkvpeft.config.data_files import data_files, format_of
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.mixing import MixedDocuments, MixedRows
+from rwkvpeft.data.packing import PackedRows
 from rwkvpeft.data.prime import is_prime, magic_prime
 from rwkvpeft.data.rows import DocumentRows, Joining, Row, RowDataset, WindowRows
 from rwkvpeft.data.rules import mask_rule
 from rwkvpeft.data.sampling import mix
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.splitting import rule_for, shared_out, split_source
+from rwkvpeft.data.splitting import shared_out, split_source
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import SOURCES, find
 
 __all__ = ["Row", "RowDataset", "open_dataset", "open_source", "open_split"]
 
-_JOININGS: dict[str, Joining] = {"pad": "equal", "only": "alone"}
+# a document that is packed is not padded before
+_JOININGS: dict[str, Joining] = {"pad": "equal", "only": "alone", "pack": "alone"}
 _SPLIT_SEED = 0
 _Rows = TypeVar("_Rows", WindowRows, DocumentRows)
 
@@ -112,8 +114,11 @@ def _rows(config: DataConfig, parts: list[_Part], ctx_len: int, seed: int) -> Ro
     if config.dataload == "get":
         windows = [_windows(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
         return windows[0] if len(parts) == 1 else MixedRows(windows, *_mixture(parts))
-    documents = [_documents(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
-    return documents[0] if len(parts) == 1 else MixedDocuments(documents, *_mixture(parts))
+    each = [_documents(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
+    documents = each[0] if len(parts) == 1 else MixedDocuments(each, *_mixture(parts))
+    if config.dataload == "pack":
+        return PackedRows(documents, seed=seed, shuffle=bool(config.data_shuffle))
+    return documents
 
 
 def _mixture(parts: list[_Part]) -> tuple[list[Fraction], list[str]]:
@@ -130,7 +135,7 @@ def _windows(config: DataConfig, source: TokenSource, ctx_len: int, seed: int) -
     _check_magic_prime(source, config.magic_prime, ctx_len)
     rows = WindowRows(
         source,
-        rule_for(source, mask_rule(config)),
+        mask_rule(config),
         ctx_len,
         seed=seed,
         shuffle=bool(config.data_shuffle),
@@ -142,11 +147,11 @@ def _windows(config: DataConfig, source: TokenSource, ctx_len: int, seed: int) -
 def _documents(config: DataConfig, source: TokenSource, ctx_len: int, seed: int) -> DocumentRows:
     rows = DocumentRows(
         source,
-        rule_for(source, mask_rule(config)),
+        mask_rule(config),
         ctx_len,
         seed=seed,
         shuffle=bool(config.data_shuffle),
-        joining=_JOININGS[config.dataload],
+        joining="padded" if config.length_buckets else _JOININGS[config.dataload],
     )
     return _checked(rows, config)
 

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.batches import TokenBatch
-from rwkvpeft.data.rows import Row, RowDataset
+from rwkvpeft.data.buckets import Buckets
+from rwkvpeft.data.rows import DocumentDataset, Joining, Row, RowDataset, one_behind_another
 from rwkvpeft.errors import ContractError, UserError
+from rwkvpeft.ops.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,18 @@ def worker_arguments(config: DataConfig) -> dict[str, Any]:
 
 
 def evaluation_batches(dataset: RowDataset, micro_bsz: int) -> Iterator[TokenBatch]:
-    """All rows once, in the file's order; the last batch may be short. ``step_weight`` is that of the batch alone.
+    """All rows once, in the file's order, or by length where they are padded to the longest of a batch; the last batch
+    may be short. ``step_weight`` is that of the batch alone.
 
     Raises: UserError for rows of different lengths in one batch.
     """
     require_equal_lengths(dataset, micro_bsz)
-    for start in range(0, len(dataset), micro_bsz):
-        rows = [dataset.row(index) for index in range(start, min(start + micro_bsz, len(dataset)))]
-        yield _batch(_stack(rows), _weight_sum(rows))
+    order = range(len(dataset))
+    if isinstance(dataset, DocumentDataset) and dataset.joining == "padded":
+        order = np.argsort(dataset.lengths, kind="stable").tolist()
+    for start in range(0, len(order), micro_bsz):
+        rows = [dataset.row(index) for index in order[start : start + micro_bsz]]
+        yield _batch(_join(rows, dataset.joining), _weight_sum(rows))
 
 
 def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:
@@ -154,20 +160,42 @@ class _Steps(Dataset[tuple[list[Row], float]]):
     def __init__(self, dataset: RowDataset, plan: BatchPlan) -> None:
         self.dataset = dataset
         self.plan = plan
+        self._buckets: Buckets | None = None
+        if isinstance(dataset, DocumentDataset) and dataset.joining == "padded":
+            self._buckets = Buckets(dataset, plan.micro_bsz * plan.world_size)
 
     def __getitem__(self, group: Group) -> tuple[list[Row], float]:
         rows = {
-            batch: [self.dataset.sample(position) for position in self.plan.positions(batch)]
+            batch: [self._draw(position) for position in self.plan.positions(batch)]
             for batch in range(group.start, group.stop)
         }
         step_weight = sum(_weight_sum(batch) for batch in rows.values())
-        return [_stack(rows[batch]) for batch in range(group.begin, group.end)], step_weight
+        return [_join(rows[batch], self.dataset.joining) for batch in range(group.begin, group.end)], step_weight
+
+    def _draw(self, position: int) -> Row:
+        if self._buckets is not None:
+            return self.dataset.row(self._buckets.index(position))
+        return self.dataset.sample(position)
 
 
-def _stack(rows: list[Row]) -> Row:
-    """Rows of one length as one of arrays (B, T)."""
-    input_ids, labels, weights, _ = zip(*rows, strict=True)
-    return Row(np.stack(input_ids), np.stack(labels), np.stack(weights))
+def _join(rows: list[Row], joining: Joining) -> Row:
+    """The rows of a batch as one of arrays (B, T), or (1, T) if they are packed."""
+    if joining == "packed":
+        row = one_behind_another(rows)
+        return Row(row.input_ids[None], row.labels[None], row.weights[None], row.lengths)
+    if joining == "padded":
+        longest = max(len(row.input_ids) for row in rows)
+        rows = [_padded(row, longest - len(row.input_ids)) for row in rows]
+    return Row(
+        np.stack([row.input_ids for row in rows]),
+        np.stack([row.labels for row in rows]),
+        np.stack([row.weights for row in rows]),
+    )
+
+
+def _padded(row: Row, padding: int) -> Row:
+    """The row with so many tokens of weight 0 behind it."""
+    return Row(np.pad(row.input_ids, (0, padding)), np.pad(row.labels, (0, padding)), np.pad(row.weights, (0, padding)))
 
 
 def _weight_sum(rows: list[Row]) -> float:
@@ -176,7 +204,8 @@ def _weight_sum(rows: list[Row]) -> float:
 
 def _batch(rows: Row, step_weight: float) -> TokenBatch:
     input_ids, labels, weights = (torch.from_numpy(array) for array in rows[:3])
-    return TokenBatch(input_ids, labels, weights, torch.tensor(step_weight, dtype=torch.float64))
+    sequences = None if rows.lengths is None else Sequences(rows.lengths)
+    return TokenBatch(input_ids, labels, weights, torch.tensor(step_weight, dtype=torch.float64), sequences)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -127,10 +127,14 @@ class MixedRows(RowDataset):
 class MixedDocuments(MixedRows, DocumentDataset):
     """``MixedRows`` whose rows are documents."""
 
+    passes_are_alike = False
+
     def __init__(self, parts: Sequence[DocumentDataset], shares: Sequence[Fraction], names: Sequence[str]) -> None:
         """Args as ``MixedRows``."""
         super().__init__(parts, shares, names)
         self._documents = parts
+        self.seed = parts[0].seed
+        self.shuffle = parts[0].shuffle
         self.lengths = np.concatenate([part.lengths for part in parts])
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:

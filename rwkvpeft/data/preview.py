@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from rwkvpeft.data.rows import Row, RowDataset
+from rwkvpeft.data.rows import Row, RowDataset, apart
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 
 _BRACKETS = ("⟦", "⟧")
@@ -17,7 +17,7 @@ def preview(dataset: RowDataset, n: int, tokenizer: Tokenizer | None = None, col
     """The first ``n`` samples of a run, then the totals of the data.
 
     Trained tokens stand in green if ``color``, otherwise between ⟦ and ⟧; ``<end>`` is token 0. Of a row, the document
-    is shown and not the padding behind it.
+    is shown and not the padding behind it; each document of a packed row begins a line.
 
     Args:
         n: samples to show; at most one pass is shown.
@@ -38,7 +38,14 @@ def _sample(dataset: RowDataset, position: int, tokenizer: Tokenizer, marks: tup
     heading = f"--- sample {position}: {drawn.name}, {drawn.length} tokens, {trained} trained"
     if drawn.is_cut:
         heading += ", its end is cut off"
-    return f"{heading} ---\n{''.join(_pieces(row, drawn.length, tokenizer, marks))}"
+    documents = [row] if row.lengths is None else list(apart(row))
+    # a packed document has one token more than inputs: its last one is a label alone
+    lengths = [drawn.length] if row.lengths is None else [length + 1 for length in row.lengths]
+    texts = [
+        "".join(_pieces(document, length, tokenizer, marks))
+        for document, length in zip(documents, lengths, strict=True)
+    ]
+    return "\n".join([f"{heading} ---", *texts])
 
 
 def _pieces(row: Row, length: int, tokenizer: Tokenizer, marks: tuple[str, str]) -> Iterator[str]:

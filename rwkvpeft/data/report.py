@@ -29,6 +29,7 @@ class DataReport:
         empty_rows: rows without a trained token, which are left out.
         scanned_documents: how many documents, from the first, the counts of trained tokens and empty rows are about.
         mixed: the parts of a mixture; empty for one data set.
+        packed_documents, packed_tokens: documents in ``rows`` and their inputs, where rows hold several.
     """
 
     documents: int
@@ -41,6 +42,8 @@ class DataReport:
     empty_rows: int
     scanned_documents: int
     mixed: tuple[MixedPart, ...] = ()
+    packed_documents: int = 0
+    packed_tokens: int = 0
 
     @staticmethod
     def of_all(reports: Sequence[DataReport], mixed: tuple[MixedPart, ...]) -> DataReport:
@@ -61,6 +64,9 @@ class DataReport:
             f"data: {_count(self.documents, 'document')}, {_count(self.tokens, 'token')}, the longest {self.longest:,}",
             f"rows: {self.rows:,} of at most {self.ctx_len:,} tokens, {self.trained_tokens:,} tokens trained{scope}",
         ]
+        if self.packed_documents:
+            share = 100 * self.packed_tokens / (self.rows * self.ctx_len)
+            lines.append(f"packed: {self.packed_documents / self.rows:.1f} documents a row, {share:.1f} % of it filled")
         if self.mixed:
             parts = "; ".join(
                 f"{part.name} {100 * part.share:.3g} % of the rows, seen {part.times:.3g} times" for part in self.mixed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -94,10 +95,16 @@ class DocumentDataset(RowDataset):
     """Rows each of which is a document, in an order that can be told for many positions at once.
 
     Attributes:
-        lengths: (len,) tokens of each row that are the document's, the last of its tokens not among them.
+        lengths: (len,) inputs of each row, its padding not counted.
+        seed: of the order.
+        shuffle: whether the order is a seeded one and not the file's.
+        passes_are_alike: whether each pass holds every row once.
     """
 
     lengths: NDArray[np.integer]
+    seed: int
+    shuffle: bool
+    passes_are_alike = True
 
     @abstractmethod
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,8 +126,8 @@ class DocumentRows(DocumentDataset):
         self.source = source
         self.rule = rule
         self.joining = joining
-        self._seed = seed
-        self._shuffle = shuffle
+        self.seed = seed
+        self.shuffle = shuffle
         sizes = np.minimum(source.sizes, ctx_len + 1)
         self._scanned, trained = _count_trained(source, rule, sizes)
         self._trained_tokens = int(trained[: self._scanned].sum())
@@ -142,11 +149,11 @@ class DocumentRows(DocumentDataset):
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See ``DocumentDataset``."""
-        return sample_indices(positions, len(self), self._seed, self._shuffle)
+        return sample_indices(positions, len(self), self.seed, self.shuffle)
 
     def draw(self, position: int) -> Sample:
         """Each pass over the documents has its own order."""
-        index = sample_index(position, len(self), self._seed, self._shuffle)
+        index = sample_index(position, len(self), self.seed, self.shuffle)
         document = int(self._documents[index])
         size = int(self.source.sizes[document])
         longest = self.ctx_len + 1
@@ -196,13 +203,13 @@ class WindowRows(RowDataset):
         self._magic_prime = magic_prime
         n_windows = (source.n_tokens - 1) // ctx_len
         if rule.trains_everything:
-            self._mask: NDArray[np.uint8] | None = None
+            self._mask: NDArray[np.uint8] | NDArray[np.float32] | None = None
             self._windows = np.arange(n_windows)
             self._trained_tokens = n_windows * ctx_len
         else:
             self._mask = _stream_mask(source, rule)
             targets = self._mask[1 : 1 + n_windows * ctx_len].reshape(n_windows, ctx_len)
-            trained = targets.sum(axis=1, dtype=np.int64)
+            trained = np.count_nonzero(targets, axis=1)
             self._windows = np.flatnonzero(trained)
             self._trained_tokens = int(trained.sum())
         self._empty = n_windows - len(self._windows)
@@ -254,6 +261,25 @@ class WindowRows(RowDataset):
         return _row(tokens, self._mask[start + 1 : start + 1 + self.ctx_len].astype(np.float32))
 
 
+def one_behind_another(rows: Sequence[Row]) -> Row:
+    """One packed row of packed rows and of single documents."""
+    return Row(
+        np.concatenate([row.input_ids for row in rows]),
+        np.concatenate([row.labels for row in rows]),
+        np.concatenate([row.weights for row in rows]),
+        tuple(length for row in rows for length in row.lengths or (len(row.input_ids),)),
+    )
+
+
+def apart(row: Row) -> Iterator[Row]:
+    """The documents of a packed row, each as a row of its own."""
+    start = 0
+    for length in row.lengths or ():
+        part = slice(start, start + length)
+        yield Row(row.input_ids[part], row.labels[part], row.weights[part])
+        start += length
+
+
 def _row(tokens: NDArray[np.integer], weights: NDArray[np.float32]) -> Row:
     return Row(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64), weights)
 
@@ -274,10 +300,13 @@ def _count_trained(
     return scanned, trained
 
 
-def _stream_mask(source: TokenSource, rule: MaskRule) -> NDArray[np.uint8]:
-    """(n_tokens,) 1 where a token of the stream is trained."""
-    mask = np.zeros(source.n_tokens, dtype=np.uint8)
+def _stream_mask(source: TokenSource, rule: MaskRule) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """(n_tokens,) the weight of each token of the stream; a byte each where they are all 0 or 1."""
+    mask: NDArray[np.uint8] | NDArray[np.float32] = np.zeros(source.n_tokens, dtype=np.uint8)
     for document in range(len(source)):
         start, size = int(source.starts[document]), int(source.sizes[document])
-        mask[start : start + size] = rule.weights(source, document, size)
+        weights = rule.weights(source, document, size)
+        if mask.dtype == np.uint8 and not np.isin(weights, (0, 1)).all():
+            mask = mask.astype(np.float32)
+        mask[start : start + size] = weights
     return mask

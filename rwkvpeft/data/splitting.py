@@ -8,14 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkvpeft.data.masks import Weights
-from rwkvpeft.data.rules import MaskRule
 from rwkvpeft.data.sampling import mix, permute
 from rwkvpeft.data.source import Tokens, TokenSource
+from rwkvpeft.data.voices import Spoken
 from rwkvpeft.errors import ContractError, UserError
-
-# where less than this share of the documents is taken, they are counted one by one
-_COUNTED_TOGETHER = 0.25
 
 
 class DocumentsOf(TokenSource):
@@ -43,6 +39,10 @@ class DocumentsOf(TokenSource):
         """See ``TokenSource``; ``index`` counts these documents."""
         return self.source.read(int(self.documents[index]))
 
+    def spoken(self, index: int) -> Spoken | None:
+        """See ``TokenSource``; ``index`` counts these documents."""
+        return self.source.spoken(int(self.documents[index]))
+
     def tokens(self, start: int, length: int) -> Tokens:
         """See ``TokenSource``: tokens of these documents' own stream."""
         if start < 0 or length < 0 or start + length > self.n_tokens:
@@ -58,37 +58,6 @@ class DocumentsOf(TokenSource):
     def check(self, vocab_size: int) -> None:
         """See ``TokenSource``: all documents of the whole source are compared."""
         self.source.check(vocab_size)
-
-
-class RuleOf(MaskRule):
-    """A rule for the documents of a ``DocumentsOf``, each of which is looked at where it lies in the whole source."""
-
-    def __init__(self, rule: MaskRule) -> None:
-        self._rule = rule
-        self.trains_everything = rule.trains_everything
-
-    def weights(self, source: TokenSource, document: int, length: int) -> Weights:
-        """See ``MaskRule``."""
-        assert isinstance(source, DocumentsOf)
-        return self._rule.weights(source.source, int(source.documents[document]), length)
-
-    def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
-        """See ``MaskRule``; many documents are counted together with those between them, which is faster."""
-        assert isinstance(source, DocumentsOf)
-        documents = source.documents[: len(lengths)]
-        n_all = int(documents[-1]) + 1 if len(documents) else 0
-        if len(documents) < _COUNTED_TOGETHER * n_all:
-            return super().count(source, lengths)
-        # one token has no target, so that what lies between counts as nothing
-        of_all = np.minimum(source.source.sizes[:n_all], 1)
-        of_all[documents] = lengths
-        counts = np.array(self._rule.count(source.source, of_all.tolist()), dtype=np.int64)
-        return counts[documents].tolist()
-
-
-def rule_for(source: TokenSource, rule: MaskRule) -> MaskRule:
-    """``rule`` as it applies to ``source``, which may be a part of the one that it is for."""
-    return RuleOf(rule) if isinstance(source, DocumentsOf) else rule
 
 
 def split_source(source: TokenSource, share: float, seed: int) -> tuple[DocumentsOf, DocumentsOf]:

@@ -174,6 +174,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "base model": recipe.base_fingerprint,
         "data": _data_stamp(data.data_file),
         **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_id", "data_shuffle",
+                                                  "length_buckets",
                                                   "tokenizer", "text_key", "data_type",
                                                   "sft_field", "sft_split", "my_sample_len", "magic_prime")},
         "epoch_steps": plan.epoch_steps,
@@ -205,7 +206,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
 def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:
     if not config.runtime.cuda_graph:
         return None
-    reason = why_not(config.runtime, model, find_device(config.runtime))
+    reason = why_not(config.runtime, config.data, model, find_device(config.runtime))
     if reason is None:
         return CudaGraphs()
     report(f"--cuda_graph: steps are not replayed: {reason}")

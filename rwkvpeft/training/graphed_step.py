@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkvpeft.config.groups import RuntimeConfig
+from rwkvpeft.config.groups import DataConfig, RuntimeConfig
 from rwkvpeft.models.recompute import draws_random_numbers
 
 _WARM_UP = 3
@@ -58,7 +58,7 @@ class CudaGraphs:
         return graph.replay
 
 
-def why_not(runtime: RuntimeConfig, model: nn.Module, device_type: str) -> str | None:
+def why_not(runtime: RuntimeConfig, data: DataConfig, model: nn.Module, device_type: str) -> str | None:
     """Why the steps of a run cannot be replayed; None if they can, as far as is known before the first."""
     if device_type != "cuda":
         return f"a run on {device_type} has none"
@@ -66,6 +66,8 @@ def why_not(runtime: RuntimeConfig, model: nn.Module, device_type: str) -> str |
         return "the gradient scaler of fp16 looks at each step's gradients"
     if runtime.devices * runtime.num_nodes > 1:
         return "several devices add up their gradients while the backward pass runs"
+    if data.dataload == "pack" or data.length_buckets:
+        return f"batches of {'--length_buckets' if data.length_buckets else '--dataload pack'} differ in shape"
     if draws_random_numbers(model):
         return "dropout, or a layer of another package, draws random numbers"
     return None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvpeft.adapters.lora import LoraLinear
-from rwkvpeft.config.groups import RuntimeConfig
+from rwkvpeft.config.groups import DataConfig, RuntimeConfig
 from rwkvpeft.models.layers import Linear
 from rwkvpeft.training import fit as fit_module
 from rwkvpeft.training.graphed_step import GraphedStep, why_not
@@ -152,8 +152,13 @@ def linear(dropout=0.0):
     ],
 )
 def test_runs_that_cannot_be_replayed_are_known_beforehand(settings, dropout, device, reason):
-    found = why_not(RuntimeConfig(**settings), linear(dropout), device)
+    found = why_not(RuntimeConfig(**settings), DataConfig(), linear(dropout), device)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("rows", [{"dataload": "pack"}, {"length_buckets": True}])
+def test_batches_of_many_shapes_are_not_replayed(rows):
+    assert "shape" in why_not(RuntimeConfig(), DataConfig(**rows), linear(), "cuda")
 
 
 LORA = {"peft": "lora", "peft_config": {"r": 2}}
