@@ -26,7 +26,7 @@ from rwkvpeft.training.strategies import COMPUTE_DTYPES
 
 INITIAL = "rwkv-init.pth"
 _BEFORE_THE_FIRST = -1
-_SIZES = ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn")
+_SIZES = ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "pre_ffn", "head_qk")
 _STAGE_WARMUP = 10
 # of RWKV-LM's v5 and v6 trainer in stage 3
 _LONG_WARMUP = 30
@@ -81,7 +81,7 @@ class Beginning(NamedTuple):
 def draw_weights(shape: ModelShape, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     """Initial weights as RWKV-LM's trainer of the version draws them. The seed decides all of them.
 
-    v7 has RWKV-v7/train_temp's constants, not those of its RWKV-v5 folder.
+    v7 is drawn as RWKV-v7/train_temp does; the RWKV-v5 folder has other low-rank widths for it, and is equal otherwise.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,6 +167,8 @@ def _new_shape(config: TrainConfig) -> ModelShape:
         head_size=model.head_size_a or 64,
         dim_att=model.dim_att or 0,
         dim_ffn=model.dim_ffn or 0,
+        pre_ffn=model.pre_ffn or 0,
+        head_qk=model.head_qk or 0,
     )
 
 

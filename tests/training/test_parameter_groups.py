@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 
 import pytest
 import torch
@@ -13,22 +14,35 @@ from rwkvpeft.training.parameter_groups import parameter_groups
 
 
 def as_table(groups):
-    return {(group["lr_scale"], group["weight_decay"]): sorted(group["names"]) for group in groups if group["names"]}
+    """Names by factor and decay; groups that share both are one."""
+    table = defaultdict(set)
+    for group in groups:
+        table[group["lr_scale"], group["weight_decay"]].update(group["names"])
+    return {key: names for key, names in table.items() if names}
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("version", [5, 6, 7])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_groups_are_those_of_rwkv_lm(golden, version, weight_decay):
+@pytest.mark.parametrize(("version", "cases"), [(5, 8), (6, 8), (7, 2)])
+def test_groups_are_those_of_rwkv_lm_in_every_stage(golden, version, cases):
     recorded = json.loads((golden / "param_groups.json").read_text())
     (entry,) = (e for e in recorded if e["version"] == version and e["tree"] == "pretrain")
-    (case,) = (
-        c for c in entry["cases"]
-        if (c["layerwise_lr"], c["my_pile_stage"], c["weight_decay"]) == (1, 0, weight_decay)
-    )
+    assert len(entry["cases"]) == cases
     parameters = [(name, nn.Parameter(torch.empty(shape))) for name, shape in entry["shapes"].items()]
-    ours = parameter_groups(parameters, layerwise_lr=True, weight_decay=weight_decay)
-    assert as_table(ours) == as_table(case["groups"])
+    for case in entry["cases"]:
+        ours = parameter_groups(
+            parameters,
+            layerwise_lr=bool(case["layerwise_lr"]),
+            weight_decay=case["weight_decay"],
+            train_stage=case["my_pile_stage"],
+        )
+        assert as_table(ours) == as_table(case["groups"])
+
+
+def test_v7_has_no_factors_of_its_own_in_stage_2():
+    names = ("blocks.0.att.w0", "blocks.0.att.x_k", "blocks.0.att.r_k")
+    parameters = [(name, nn.Parameter(torch.empty(2, 2))) for name in names]
+    groups = [parameter_groups(parameters, layerwise_lr=True, weight_decay=0.0, train_stage=stage) for stage in (2, 3)]
+    assert as_table(groups[0]) == as_table(groups[1]) == {(2.0, 0.0): {names[0]}, (1.0, 0.0): {names[1], names[2]}}
 
 
 def test_without_layerwise_rates_all_learn_alike():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from rwkvpeft.config.groups import OptimizerConfig, ScheduleConfig
 from rwkvpeft.registry import SCHEDULES, find
 from rwkvpeft.training.schedules import (
+    batches_before,
     build_schedule,
     cosine,
     exponential,
     steps_per_epoch,
+    steps_to_tokens,
     warmup_stable_decay,
     weight_decay_at,
 )
@@ -64,6 +67,72 @@ def test_wsd_down_to_zero_is_junes(recorded):
 def test_exponential_is_that_of_rwkv_lm(recorded):
     for case in recorded["pretrain_v5_exp"]:
         assert_equal_rates(exponential, {**case, "per_epoch": case["epoch_steps"], "epochs": case["epoch_count"]})
+
+
+def by_tokens(case, **changes):
+    config = ScheduleConfig(
+        epoch_count=1, epoch_begin=case["epoch_begin"], lr_init=case["lr_init"], lr_final=case["lr_final"],
+        warmup_steps=case["warm"], my_exit_tokens=case["exit_tokens"], train_stage=3,
+    )
+    sizes = {"epoch_steps": case["epoch_steps"], "batch_tokens": case["bsz"] * case["ctx"]}
+    return replace(config, **changes), sizes
+
+
+@pytest.mark.golden
+def test_the_cosine_by_tokens_is_that_of_rwkv_lm(recorded):
+    assert len(recorded["pretrain_v7"]) == 4
+    for case in recorded["pretrain_v7"]:
+        config, sizes = by_tokens(case)
+        schedule = build_schedule(config, **sizes)
+        assert [schedule(step) for step in case["steps"]] == pytest.approx(case["lr"], rel=1e-15, abs=1e-18)
+
+
+@pytest.mark.golden
+def test_a_run_ends_by_tokens_at_rwkv_lms_step(recorded):
+    for case in recorded["pretrain_v7"]:
+        config, sizes = by_tokens(case)
+        last = steps_to_tokens(config, **sizes)
+        # RWKV-LM saves and leaves before the step that begins with all tokens seen
+        begun = case["epoch_begin"] * case["epoch_steps"]
+        assert (begun + last - 1) * sizes["batch_tokens"] < case["exit_tokens"] <= (begun + last) * sizes["batch_tokens"]
+
+
+def test_accumulated_batches_count_their_tokens():
+    case = {"epoch_begin": 0, "lr_init": 1.0, "lr_final": 0.1, "warm": -1, "exit_tokens": 160, "epoch_steps": 10,
+            "bsz": 2, "ctx": 4}
+    config, sizes = by_tokens(case, accumulate_grad_batches=4)
+    # mini-epochs of 4 + 4 + 2 batches of 8 tokens
+    assert [batches_before(step, epoch_steps=10, accumulate_grad_batches=4) for step in range(5)] == [0, 4, 8, 10, 14]
+    assert steps_to_tokens(config, **sizes) == 6
+    assert build_schedule(config, **sizes)(6) == pytest.approx(0.1, rel=0.05)
+
+
+def test_negative_tokens_give_the_mean_of_both_schedules():
+    case = {"epoch_begin": 0, "lr_init": 1e-3, "lr_final": 1e-4, "warm": 3, "exit_tokens": 80, "epoch_steps": 10,
+            "bsz": 2, "ctx": 4}
+    config, sizes = by_tokens(case)
+    steps = build_schedule(replace(config, my_exit_tokens=0, lr_schedule="exp"), **sizes)
+    tokens = build_schedule(config, **sizes)
+    both = build_schedule(replace(config, my_exit_tokens=-80, lr_schedule="exp"), **sizes)
+    assert [both(step) for step in range(12)] == pytest.approx([(steps(i) + tokens(i)) / 2 for i in range(12)])
+
+
+def test_a_later_stage_goes_on_where_the_schedule_stood():
+    whole = ScheduleConfig(epoch_count=4, lr_init=1.0, lr_final=0.1, warmup_steps=2, lr_schedule="exp", train_stage=3)
+    later = replace(whole, epoch_begin=3, epoch_count=1)
+    rates = [build_schedule(config, epoch_steps=10) for config in (whole, later)]
+    assert [rates[1](step) for step in range(2, 10)] == pytest.approx([rates[0](30 + step) for step in range(2, 10)])
+    assert rates[1](0) == pytest.approx(0.01 * rates[0](30))
+
+
+@pytest.mark.golden
+def test_weight_decay_beside_the_exponential_rate_is_that_of_rwkv_lm(recorded):
+    for case in recorded["pretrain_v5_exp"]:
+        config = OptimizerConfig(weight_decay=case["weight_decay"], weight_decay_final=case["weight_decay_final"])
+        total = case["epoch_steps"] * case["epoch_count"]
+        found = [weight_decay_at(step, total_steps=total, config=config, exponential_from=case["warm"])
+                 for step in case["steps"]]
+        assert found == pytest.approx(case["weight_decay_now"], rel=1e-14)
 
 
 def test_wsd_ends_at_lr_final():
