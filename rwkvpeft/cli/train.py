@@ -32,8 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     given = parse_train(argv, _method_settings)
+    if given.get("check"):
+        return _check_data(given)
     config, remarks = resolve(given, _machine(given), earlier_seed=_earlier_seed(given), files_too=True)
     return guarded(lambda: _run_within_memory(config, remarks), debug=config.runtime.debug)
+
+
+def _check_data(given: dict[str, Any]) -> int:
+    """Report on the data alone; 2 where a line of them cannot be trained on."""
+    config, _ = resolve(given, Machine("cpu", has_bf16=True), files_too=True, planned=True)
+    from rwkvpeft.data.check import check_data
+    from rwkvpeft.data.check_report import render, write_picture
+    from rwkvpeft.data.progress import ProgressLines
+
+    with ProgressLines(sys.stderr.isatty()) as progress:
+        found = check_data(config.data, progress.show_slow)
+    print(render(found))
+    picture = Path(config.output.proj_dir) / "data_lengths.png"
+    if len(found.lengths()) and write_picture(found, picture):
+        print(f"the lengths are drawn in {picture}")
+    return 0 if found.is_fine else 2
 
 
 def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from rwkvpeft.config.check_chat import check_chat
 from rwkvpeft.config.check_evaluation import check_evaluation, check_evaluation_files
 from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_pretraining import check_pretraining
@@ -60,6 +61,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     check_evaluation(config, findings)
     check_long_context(config, findings)
     check_rows(config.data, findings)
+    check_chat(config.data, findings)
 
 
 def _check_there(config: TrainConfig, findings: Findings) -> None:

@@ -32,7 +32,8 @@ class Block(NamedTuple):
     """What a range of lines holds.
 
     ``tokens`` uint16, or int32 above 65536 ids, documents end to end, each with its final 0; ``sizes`` int32, tokens of
-    each; ``lines`` read, blank ones included; ``bad`` lines by number; ``codes`` uint8, for each token the number of
+    each, and ``places`` int32, the line each stands in, counted from 1 at the block's start; ``lines`` read, blank ones
+    included; ``bad`` lines by number; ``codes`` uint8, for each token the number of
     its voice in ``voices``, nothing if that was not asked for.
     """
 
@@ -40,6 +41,7 @@ class Block(NamedTuple):
     sizes: npt.NDArray[np.int32]
     lines: int
     bad: list[BadDocument]
+    places: npt.NDArray[np.int32]
     codes: npt.NDArray[np.uint8]
     voices: tuple[Voice, ...]
 
@@ -90,10 +92,12 @@ def tokenise_block(
         bad.sort()
         content, document_ends = _without(lossy, content, document_ends)
         spoken = [codes for i, codes in enumerate(spoken) if i not in lossy]
+        numbers = [number for i, number in enumerate(numbers) if i not in lossy]
     sizes = np.diff(document_ends, prepend=0) + 1
     tokens_with_ends = np.insert(content, document_ends, END_OF_DOCUMENT)
     all_codes = np.concatenate(spoken) if spoken else np.empty(0, dtype=np.uint8)
-    return Block(tokens_with_ends, sizes.astype(np.int32), len(lines), bad, all_codes, table.voices)
+    places = np.array(numbers, dtype=np.int32)
+    return Block(tokens_with_ends, sizes.astype(np.int32), len(lines), bad, places, all_codes, table.voices)
 
 
 def prepare(tokenizer_name: str) -> None:

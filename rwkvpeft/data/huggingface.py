@@ -17,7 +17,7 @@ from typing import Any
 
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.jsonl import Record
-from rwkvpeft.data.records import RecordSource
+from rwkvpeft.data.records import RecordSource, check_weights
 from rwkvpeft.data.tables import TABLES, missing_data_package, read_table
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
@@ -35,7 +35,9 @@ def open_sft(config: DataConfig) -> RecordSource:
         not answer, rows that are no documents, or none at all.
     """
     rows = sft_records(config.data_file, config.sft_split, config.sft_field, config.text_key)
-    return RecordSource(config.data_file, rows, load_tokenizer(config.tokenizer), config.text_key)
+    source = RecordSource(config.data_file, rows, load_tokenizer(config.tokenizer), config.text_key)
+    check_weights(source, config)
+    return source
 
 
 def sft_records(name: str, split: str, fields: list[str], text_key: str = "text") -> Iterator[Record]:

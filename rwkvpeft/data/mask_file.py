@@ -1,8 +1,8 @@
 """The mask beside binidx: ``PREFIX.mask`` says for each token of ``PREFIX.bin`` who says it.
 
 8 bytes ``RWKVMASK``; uint64 number of tokens n, little endian; uint8 codes[n], in the order of the ``.bin``; then, up
-to the end, one JSON object in UTF-8: ``voices``, for each code ``[weight, is_last, is_think]`` as in
-``voices.Voice``, and ``fingerprint`` of the pair the mask belongs to.
+to the end, one JSON object in UTF-8: ``voices``, for each code ``[weight, is_answer, is_last,
+is_think]`` as in ``voices.Voice``, and ``fingerprint`` of the pair the mask belongs to.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def read_mask(
 def _footer(path: Path, content: bytes) -> tuple[tuple[Voice, ...], object]:
     try:
         footer = json.loads(content)
-        voices = tuple(Voice(float(weight), bool(last), bool(think)) for weight, last, think in footer["voices"])
+        voices = tuple(Voice(float(weight), *map(bool, flags)) for weight, *flags in footer["voices"])
         fingerprint = footer["fingerprint"]
     except (ValueError, KeyError, TypeError, RecursionError) as reason:
         raise _damaged(path, "no list of voices at its end") from reason

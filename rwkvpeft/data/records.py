@@ -94,9 +94,25 @@ class JsonlSource(RecordSource):
 
 
 def open_jsonl(config: DataConfig) -> JsonlSource:
-    """The file ``--data_file`` names. Raises: UserError as ``JsonlSource`` does."""
+    """The file ``--data_file`` names. Raises: UserError as ``JsonlSource`` does, and for weights that are not read."""
     with ProgressLines(is_terminal=False) as progress:
-        return JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key, progress.show_slow)
+        source = JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key, progress.show_slow)
+    check_weights(source, config)
+    return source
+
+
+def check_weights(source: RecordSource, config: DataConfig) -> None:
+    """Refuse turns with weights of their own where ``--loss_mask`` goes by something else. Raises: UserError."""
+    if config.loss_mask in ("qa", "last"):
+        return
+    weights = sorted({voice.weight for voice in source.voices if voice.is_answer and voice.weight != 1})
+    if weights:
+        raise UserError(
+            f'{source.name}: its turns have a "weight" or are not to be trained, and --loss_mask {config.loss_mask} '
+            "does not go by turns",
+            found=f"turns of weight {', '.join(f'{weight:g}' for weight in weights[:5])}",
+            fix="--loss_mask qa",
+        )
 
 
 def _empty_stream(tokenizer: Tokenizer) -> array[int]:

@@ -70,7 +70,7 @@ def render(turns: Sequence[Turn]) -> list[Segment]:
         end = SEPARATOR if number + 1 < len(turns) else ""
         pieces.append(Segment(f"{turn.header}:"))
         if turn.header in _ANSWERS:
-            pieces += spoken(words + end, Voice(turn.weight, is_last=number == answers[-1]))
+            pieces += spoken(words + end, Voice(turn.weight, is_answer=True, is_last=number == answers[-1]))
         else:
             pieces.append(Segment(words + end))
     return joined(pieces)
@@ -161,7 +161,7 @@ def split_text(text: str) -> list[Segment]:
     spans = answer_spans(text)
     for number, (start, end) in enumerate(spans, start=1):
         pieces.append(Segment(text[position:start]))
-        pieces += spoken(text[start:end], Voice(1.0, is_last=number == len(spans)))
+        pieces += spoken(text[start:end], Voice(1.0, is_answer=True, is_last=number == len(spans)))
         position = end
     return joined([*pieces, Segment(text[position:])])
 

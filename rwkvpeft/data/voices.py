@@ -22,11 +22,13 @@ class Voice(NamedTuple):
 
     Attributes:
         weight: of its tokens under ``--loss_mask qa``; 0 for what no assistant says.
+        is_answer: an assistant says it, though it may weigh nothing.
         is_last: it belongs to the last assistant's turn of its document.
         is_think: it stands between ``<think>`` and ``</think>``.
     """
 
     weight: float = 0.0
+    is_answer: bool = False
     is_last: bool = False
     is_think: bool = False
 
