@@ -15,8 +15,9 @@ SETS = [("x052", "pretrain_v5_repo"), ("x060", "pretrain_v5_repo"), ("x070", "pr
 
 def reference(golden, version):
     version, source = version
+    number = {"x052": 5, "x060": 6, "x070": 7}[version]
     entries = json.loads((golden / "init_stats.json").read_text())
-    return next(entry for entry in entries if (entry["version"], entry["source"]) == ({"x052": 5, "x060": 6, "x070": 7}[version], source))
+    return next(entry for entry in entries if (entry["version"], entry["source"]) == (number, source))
 
 
 def drawn(version, entry):
