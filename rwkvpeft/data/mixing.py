@@ -30,6 +30,10 @@ class Mixture:
         unit = min(unit, _FINEST)
         self._shares = [max(1, round(share * unit)) for share in exact]
 
+    def shares(self) -> list[float]:
+        """The share of each part in all."""
+        return [share / sum(self._shares) for share in self._shares]
+
     def place(self, position: int) -> tuple[int, int]:
         """The part a position belongs to, and how many positions before it do."""
         part, index = self.places(np.array([position], dtype=np.int64))
@@ -118,8 +122,8 @@ class MixedRows(RowDataset):
         n_drawn = self.pass_rows
         counts = [self._mixture.count(number, n_drawn) for number in range(len(reports))]
         mixed = [
-            MixedPart(name, count / n_drawn, count / part.pass_rows)
-            for name, count, part in zip(self._names, counts, self.parts, strict=True)
+            MixedPart(name, share, count / part.pass_rows)
+            for name, share, count, part in zip(self._names, self._mixture.shares(), counts, self.parts, strict=True)
         ]
         return DataReport.of_all(reports, tuple(mixed))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MixedPart:
-    """One of several data sets: its share of the rows drawn, and how often it is seen in one pass."""
+    """One of several data sets: its share of what is drawn, and how often it is seen in one pass."""
 
     name: str
     share: float
@@ -69,9 +69,10 @@ class DataReport:
             lines.append(f"packed: {self.packed_documents / self.rows:.1f} documents a row, {share:.1f} % of it filled")
         if self.mixed:
             parts = "; ".join(
-                f"{part.name} {100 * part.share:.3g} % of the rows, seen {part.times:.3g} times" for part in self.mixed
+                f"{part.name} {100 * part.share:.3g} % of what is drawn, {part.times:.3g} x in a pass"
+                for part in self.mixed
             )
-            lines.append(f"mixed: in one pass {parts}")
+            lines.append(f"mixed: {parts}")
         if self.cut_endings:
             share = 100 * self.cut_endings / self.documents
             lines.append(

@@ -20,9 +20,9 @@ class DocumentsOf(TokenSource):
     ``stream`` is that of the whole source, for its type; what is read goes through ``read`` and ``tokens``.
     """
 
-    def __init__(self, source: TokenSource, documents: NDArray[np.int64]) -> None:
-        """Args: ``documents``: their numbers in ``source``, ascending."""
-        self.name = source.name
+    def __init__(self, source: TokenSource, documents: NDArray[np.int64], name: str) -> None:
+        """Args: ``documents``: their numbers in ``source``, ascending; ``name``: for messages."""
+        self.name = name
         self.source = source
         self.documents = documents
         self.stream = source.stream
@@ -80,7 +80,10 @@ def split_source(source: TokenSource, share: float, seed: int) -> tuple[Document
     key = mix(seed, n)
     is_held_out = np.zeros(n, dtype=bool)
     is_held_out[[permute(number, n, key) for number in range(n_held_out)]] = True
-    return DocumentsOf(source, np.flatnonzero(~is_held_out)), DocumentsOf(source, np.flatnonzero(is_held_out))
+    return (
+        DocumentsOf(source, np.flatnonzero(~is_held_out), f"what is not held out of {source.name}"),
+        DocumentsOf(source, np.flatnonzero(is_held_out), f"what is held out of {source.name}"),
+    )
 
 
 def held_out_count(n: int, share: float) -> int:
