@@ -254,23 +254,20 @@ def _output(value: object, name: str) -> str:
 
 def _weight(turn: Mapping[str, Any], is_answer: bool, place: str) -> float:
     """What a turn's tokens weigh: "weight", and 0 where "train", "training" or "loss" is false."""
-    weight = turn.get("weight")
-    if weight is None:
-        weight = 1.0 if is_answer else 0.0
-    elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+    given = turn.get("weight")
+    weight = 1.0 if given is None else given
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise RecordError(f'"weight" of {place} must be a number of 0 or more; found {weight!r}')
-    asked = turn.get("weight") is not None and weight > 0
-    for key in _SWITCHES:
-        switch = turn.get(key)
-        if switch is None:
-            continue
+    switches = {key: turn[key] for key in _SWITCHES if turn.get(key) is not None}
+    for key, switch in switches.items():
         if switch not in (0, 1):
             raise RecordError(f'"{key}" of {place} must be true or false; found {switch!r}')
-        asked = asked or bool(switch)
-        weight = weight if switch else 0.0
-    if asked and weight > 0 and not is_answer:
+    weight = float(weight) if all(switches.values()) else 0.0
+    if is_answer:
+        return weight
+    if weight and (given is not None or switches):
         raise RecordError(f"{place} asks to be trained, and only an assistant's turns are")
-    return float(weight) if is_answer else 0.0
+    return 0.0
 
 
 def _instruction(record: Mapping[str, Any], answer: str) -> list[Turn]:
