@@ -22,7 +22,7 @@ from rwkvpeft.training.callbacks.watching import Watched
 
 # of the held-out conversations, for the report
 _REPORTED_PROMPTS = 3
-_INSTRUCTION = "\n\nInstruction:"
+_NEXT_TURNS = (*STOP, "\n\nAssistant:", "\n\nInstruction:")
 
 
 def open_training_data(config: TrainConfig, vocab_size: int) -> tuple[RowDataset, RowDataset | None]:
@@ -103,7 +103,7 @@ def _answerer(tokenizer: Tokenizer, max_tokens: int) -> Callable[[Rwkv, str], st
     def answer(model: Rwkv, text: str) -> str:
         generator = TextGenerator(model, tokenizer)
         sampler = Sampler(SamplingConfig(temperature=0.0, seed=0))
-        pieces = generator.stream(text, sampler, max_tokens=max_tokens, stop=(*STOP, _INSTRUCTION))
+        pieces = generator.stream(text, sampler, max_tokens=max_tokens, stop=_NEXT_TURNS)
         return "".join(pieces).strip()
 
     return answer

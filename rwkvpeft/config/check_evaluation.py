@@ -62,10 +62,10 @@ def _check_vocabulary(data: DataConfig, evaluation: EvaluationConfig, findings: 
 def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
     """Note every file that is not there."""
     evaluation = config.evaluation
-    for name in ("val_data_file", "general_data_file"):
+    for name, read_as in (("val_data_file", other_data), ("general_data_file", general_data)):
         if value := getattr(evaluation, name):
             found = Findings()
-            check_data_files(other_data(config.data, value), found)
+            check_data_files(read_as(config.data, value), found)
             for error in found.errors:
                 what, fix = (str(text).replace("--data_file", f"--{name}") for text in (error.what, error.fix))
                 findings.add(what, found=error.found, expected=error.expected, fix=fix if error.fix else None)
