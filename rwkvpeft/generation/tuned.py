@@ -14,13 +14,14 @@ from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.adapter import Recipe, check_base, infer_recipe, load_adapter, load_recipe
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.checkpoints.quantised import Quantiser
-from rwkvpeft.data.tokenizer import Tokenizer, load_tokenizer
+from rwkvpeft.data.tokenizer import WORLD_VOCABULARY_SIZE, Tokenizer, load_tokenizer
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_TOKENIZERS = {256: "bytes"}
+_VOCABULARY = "vocab.json"
+_TOKENIZERS = {256: "bytes", WORLD_VOCABULARY_SIZE: "world"}
 
 
 class TunedModel(NamedTuple):
@@ -48,7 +49,8 @@ def load_tuned(
         adapter: a file of an adapter or of tuned states; its recipe beside it supplies what is not given here.
         device: auto takes an accelerator if there is one.
         precision: fp32, bf16 or fp16; None means fp32 on a CPU, elsewhere the file's own.
-        tokenizer: None means the recipe's, else bytes for 256 ids and world for all others.
+        tokenizer: None means the recipe's, else bytes for 256 ids, world for 65536 and, for another number, the
+            vocab.json beside the model if there is one.
         head_size_divisor: None means the recipe's, else 8.
         quant: how the base's large linears are stored; None means as in the adapter's training, else as in the file.
     Raises: UserError if a file is broken or they do not belong together.
@@ -75,8 +77,19 @@ def load_tuned(
     )
     if method is not None:
         apply_adapter(model, tensors, method)
-    name = tokenizer or (recipe.tokenizer if recipe else "") or _TOKENIZERS.get(model.shape.vocab_size, "world")
+    folders = [Path(file).parent for file in (adapter, base) if file is not None]
+    name = tokenizer or _find_tokenizer(recipe, model.shape.vocab_size, folders)
     return TunedModel(model.eval().requires_grad_(False), load_tokenizer(name), recipe)
+
+
+def _find_tokenizer(recipe: Recipe | None, vocab_size: int, folders: list[Path]) -> str:
+    name = recipe.tokenizer if recipe else ""
+    is_text = name.lower().endswith(".json") or (not name and vocab_size not in _TOKENIZERS)
+    if is_text and not Path(name).is_file():
+        # the vocabulary of a text lies beside what was trained on it, and folders are moved
+        there = [folder / _VOCABULARY for folder in folders if (folder / _VOCABULARY).is_file()]
+        name = str(there[0]) if there else name
+    return name or _TOKENIZERS.get(vocab_size, "world")
 
 
 def method_of(recipe: Recipe, source: str) -> Adapter:
