@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rwkvpeft.memory import LevelChoice
     from rwkvpeft.models.backbone import Rwkv
     from rwkvpeft.training.fit import FitResult
+    from rwkvpeft.training.module import RunPlan
 
 _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 
@@ -20,11 +21,13 @@ _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 def start_lines(
     config: TrainConfig,
     base: Base,
-    origin: str,
     model: Rwkv,
     data: TrainingData,
+    plan: RunPlan,
     chosen: Chosen,
     recompute: LevelChoice,
+    *,
+    origin: str = "",
 ) -> list[str]:
     """One line for each thing a user may want to stop the run for. ``origin`` says what begins otherwise than usual."""
     runtime = config.runtime
@@ -32,12 +35,13 @@ def start_lines(
     return [
         *_model_lines(config, base, origin, model),
         *data.dataset.report().render().splitlines(),
-        *_plan_lines(config, data),
+        *_plan_lines(config, data, plan),
         f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {_shape(config)}",
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
         f"strategy {runtime.strategy}",
         f"operator: {chosen.wkv.report}",
         f"rest of a block: {chosen.rest}",
+        *_chunk_lines(config),
         f"computed twice: {recompute.report}",
         f"output: {config.output.proj_dir}",
     ]
@@ -49,6 +53,11 @@ def _shape(config: TrainConfig) -> str:
         return schedule.lr_schedule
     cosine = "cosine by tokens"
     return cosine if schedule.my_exit_tokens > 0 else f"mean of {schedule.lr_schedule} and {cosine}"
+
+
+def _chunk_lines(config: TrainConfig) -> list[str]:
+    long = config.long_context
+    return [f"chunks: of {long.chunk_ctx:,} tokens, {long.infctx_grad} gradients"] if long.infctx else []
 
 
 def _model_lines(config: TrainConfig, base: Base, origin: str, model: Rwkv) -> list[str]:
@@ -72,17 +81,11 @@ def _model_lines(config: TrainConfig, base: Base, origin: str, model: Rwkv) -> l
     ]
 
 
-def _plan_lines(config: TrainConfig, data: TrainingData) -> list[str]:
-    from rwkvpeft.training.fit import run_plan
-    from rwkvpeft.training.schedules import batches_before
-
+def _plan_lines(config: TrainConfig, data: TrainingData, plan: RunPlan) -> list[str]:
     schedule = config.schedule
     devices = config.runtime.devices * config.runtime.num_nodes
-    plan = run_plan(config, data)
-    batches = batches_before(plan.total_steps, epoch_steps=plan.epoch_steps,
-                             accumulate_grad_batches=plan.accumulate_grad_batches)
     rows = schedule.micro_bsz * devices
-    passes = batches * rows / max(1, len(data.dataset))
+    passes = plan.total_batches * rows / max(1, data.dataset.pass_rows)
     shared = f" on each of {devices} devices" if devices > 1 else ""
     lines = [
         f"plan: {plan.epoch_count} x {plan.epoch_steps:,} batches of {schedule.micro_bsz} rows{shared}, "
@@ -90,9 +93,9 @@ def _plan_lines(config: TrainConfig, data: TrainingData) -> list[str]:
     ]
     if schedule.my_exit_tokens or schedule.train_stage:
         tokens = rows * (config.data.ctx_len or 1)
-        first = f", mini-epochs from {plan.epoch_begin} on" if plan.epoch_begin else ""
+        done = f", of which {plan.begun * plan.epoch_steps * tokens:,} in earlier runs" if plan.begun else ""
         lines.append(
-            f"tokens: {plan.epoch_steps * tokens:,} a mini-epoch, {batches * tokens:,} to the end{first}"
+            f"tokens: {plan.epoch_steps * tokens:,} a mini-epoch, {plan.total_batches * tokens:,} to the end{done}"
         )
     return lines
 

@@ -68,14 +68,15 @@ class NewModel(NamedTuple):
 class Beginning(NamedTuple):
     """What a run begins with.
 
-    ``config`` has the file, first mini-epoch and warm-up that were found; ``base`` has no tensors while ``new`` says
-    what is to be drawn; ``origin`` is for the start report.
+    ``config`` has the file and the warm-up that were found; ``base`` has no tensors while ``new`` says what is to be
+    drawn; ``origin`` is for the start report; ``begun`` counts the mini-epochs that earlier stages have done.
     """
 
     config: TrainConfig
     base: Base
     origin: str
     new: NewModel | None = None
+    begun: int = 0
 
 
 def draw_weights(shape: ModelShape, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
@@ -218,7 +219,7 @@ def _begun_with(point: ResumePoint, stage: int, found: list[tuple[int, Path]]) -
     """The checkpoint that the interrupted run of this stage began with; None if it is not there."""
     if point.essentials.get("train_stage") != stage:
         return None
-    number = int(point.essentials["epoch_begin"]) - 1
+    number = int(point.essentials["mini-epochs before"]) - 1
     for candidate, path in found:
         if candidate == number and model_fingerprint(path) == point.essentials["base model"]:
             return candidate, path
@@ -233,10 +234,6 @@ def _at(config: TrainConfig, number: int, path: Path) -> Beginning:
     if number != _BEFORE_THE_FIRST and warmup is not None and warmup < 0:
         warmup = _LONG_WARMUP if schedule.train_stage == 3 and base.shape.version != "x070" else _STAGE_WARMUP
     begun = number + 1
-    schedule = replace(
-        schedule, epoch_begin=begun, epoch_count=schedule.epoch_count - begun, warmup_steps=warmup
-    )
-    origin = "initial weights" if number == _BEFORE_THE_FIRST else f"mini-epoch {begun} on"
-    return Beginning(
-        replace(config, model=model, schedule=schedule), base, f"stage {schedule.train_stage}, {origin}"
-    )
+    origin = f"stage {schedule.train_stage}, " + (f"mini-epoch {begun} on" if begun else "initial weights")
+    config = replace(config, model=model, schedule=replace(schedule, warmup_steps=warmup))
+    return Beginning(config, base, origin, begun=begun)

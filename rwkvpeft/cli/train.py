@@ -18,7 +18,7 @@ from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 if TYPE_CHECKING:
     from rwkvpeft.checkpoints.adapter import Recipe
-    from rwkvpeft.data.datamodule import TrainingData
+    from rwkvpeft.training.module import RunPlan
     from rwkvpeft.training.resume import ResumePoint
 
 _NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
@@ -71,14 +71,14 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     from rwkvpeft.data.preview import preview
     from rwkvpeft.data.text import data_tokenizer, keep_vocabulary
     from rwkvpeft.memory import with_level
-    from rwkvpeft.training.fit import fit
+    from rwkvpeft.training.fit import fit, run_plan
     from rwkvpeft.training.optimizers.contract import find_optimizer
     from rwkvpeft.training.strategies import find_device, trainer_arguments
 
     seed = config.runtime.random_seed
     # what was asked is written down; what it comes to is found again by the next run
     asked = config
-    config, base, origin, new = find_beginning(config, _say, first_process=_is_first_process())
+    config, base, origin, new, begun = find_beginning(config, _say, first_process=_is_first_process())
     if new is not None and config.schedule.train_stage == 1:
         for line in [*remarks, *new.write(config)[1], "go on with --train_stage 2 or 3"]:
             _say(line)
@@ -91,8 +91,8 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     assemble.check_fits(base, config)
     dataset, held_out = watch.open_training_data(config, base.shape.vocab_size)
     longest = config
-    if config.data.dataload == "only":
-        longest = assemble.with_longest_row(config, dataset.report().longest)
+    if config.data.rows_vary:
+        longest = assemble.with_longest_row(config, dataset.longest_row)
         assemble.check_fits(base, longest)
     if config.data.preview:
         print(preview(dataset, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
@@ -100,25 +100,27 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     watched = watch.make_watched(config, held_out, base.shape.vocab_size, adapter)
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
-    point = _check_resume(config, recipe, data)
+    plan = run_plan(config, data, begun)
+    point = _check_resume(config, recipe, plan)
     if point is not None and adapter is not None:
         adapter.take_constants(point.constants())
     # on a GPU this compiles and measures: after everything that may be refused at once
     chosen, more = assemble.choose_programs(base.shape, config)
     if new is not None:
-        base, lines = new.write(config)
+        base, told = new.write(config)
         recipe = assemble.make_recipe(base, config, adapter)
-        more = [*lines, *more]
+        more = [*told, *more]
     recompute = assemble.choose_recompute(base, longest, chosen)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, start)
-    for line in [*remarks, *more, *report.start_lines(config, base, origin, model, data, chosen, recompute)]:
+    lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin)
+    for line in [*remarks, *more, *lines]:
         _say(line)
     if _is_first_process():
         keep_vocabulary(config.data)
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
-                 loss_rows=chosen.rows.program, watched=watched)
+                 loss_rows=chosen.rows.program, watched=watched, begun=begun)
     for line in report.end_lines(config, base, result):
         _say(line)
     return 0
@@ -177,15 +179,15 @@ def _say(line: str) -> None:
         print(line)
 
 
-def _check_resume(config: TrainConfig, recipe: Recipe, data: TrainingData) -> ResumePoint | None:
+def _check_resume(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> ResumePoint | None:
     """The point the run goes on from, if any. Refuses other settings before anything is written."""
-    from rwkvpeft.training.fit import essential_settings, run_plan
+    from rwkvpeft.training.fit import essential_settings
     from rwkvpeft.training.resume import check_essentials, find_point
 
     point = find_point(config.output, _say)
     if point is None:
         return None
-    check_essentials(point, essential_settings(config, recipe, run_plan(config, data)))
+    check_essentials(point, essential_settings(config, recipe, plan))
     return point
 
 

@@ -69,6 +69,7 @@ def fit(
     report: Callable[[str], None],
     loss_rows: RowChoice | RowProgram = "auto",
     watched: Watched | None = None,
+    begun: int = 0,
 ) -> FitResult:
     """Train ``model`` in place, from the newest resume point if the settings say so.
 
@@ -80,6 +81,7 @@ def fit(
         report: takes each line of text for the user.
         loss_rows: what works on the loss's rows of logits.
         watched: what the run is watched by; None for nothing.
+        begun: mini-epochs that earlier runs have done, with whose weights this one begins.
     Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
         training diverges, or a file cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
@@ -88,10 +90,10 @@ def fit(
     _freeze_unread(model)
     precision = config.runtime.precision or "fp32"
     place_model(model, precision)
-    plan = run_plan(config, data)
+    plan = run_plan(config, data, begun)
     essentials = essential_settings(config, recipe, plan)
     point = _resume(model, config, essentials, say)
-    progress = RunProgress() if point is None else point.progress
+    progress = _first_progress(config, plan) if point is None else point.progress
     epochs_left = _epochs_left(config, plan, progress)
     checkpoints = _checkpoints(config, adapter, recipe)
     watching = Watching(watched or Watched(), config.evaluation, Path(config.output.proj_dir), progress.step,
@@ -114,6 +116,7 @@ def fit(
             epoch_steps=plan.epoch_steps,
             keeps_rate=keeps_rate,
             batch_tokens=_batch_tokens(config),
+            begun=plan.begun_steps,
         ),
         optimizer=config.optimizer,
         plan=plan,
@@ -182,10 +185,10 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
                                                       "accumulate_grad_batches", "lr_init", "lr_final",
                                                       "warmup_steps", "lr_schedule", "my_exit_tokens",
                                                       "train_stage")},
+        "mini-epochs before": plan.begun,
         **asdict(config.optimizer),
         # held-out losses of other data could not be compared
-        **{name: _data_stamp(value) for name in ("val_data_file", "general_data_file")
-           if (value := getattr(config.evaluation, name))},
+        **{name: _data_stamp(getattr(config.evaluation, name)) for name in ("val_data_file", "general_data_file")},
         "val_split": config.evaluation.val_split,
         **{name: getattr(config.long_context, name) for name in ("infctx", "chunk_ctx", "infctx_grad")},
         "peft": recipe.method,
@@ -224,7 +227,7 @@ def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
 
 
 def _data_stamp(data_file: str) -> str:
-    parts = data_files(data_file)
+    parts = data_files(data_file) if data_file else []
     if len(parts) == 1:
         return _file_stamp(parts[0].path)
     return "; ".join(f"{_file_stamp(part.path)}, share {part.share}" for part in parts)
@@ -242,8 +245,8 @@ def _stamp(path: Path) -> str:
     return f"{path.name}, {path.stat().st_size} bytes, {fingerprint(path)[:8]}" if path.is_file() else path.name
 
 
-def run_plan(config: TrainConfig, data: TrainingData) -> RunPlan:
-    """How long a run with these settings and data is."""
+def run_plan(config: TrainConfig, data: TrainingData, begun: int = 0) -> RunPlan:
+    """How long a run with these settings and data is, of which earlier runs have done ``begun`` mini-epochs."""
     schedule = config.schedule
     epoch_steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)
     epoch_count = schedule.epoch_count
@@ -257,7 +260,14 @@ def run_plan(config: TrainConfig, data: TrainingData) -> RunPlan:
         accumulate_grad_batches=schedule.accumulate_grad_batches,
         epoch_begin=schedule.epoch_begin,
         last_step=last_step,
+        begun=begun,
     )
+
+
+def _first_progress(config: TrainConfig, plan: RunPlan) -> RunProgress:
+    """Where a run begins that has not been saved yet."""
+    batches = plan.begun * plan.epoch_steps
+    return RunProgress(step=plan.begun_steps, batches=batches, tokens=batches * _batch_tokens(config))
 
 
 def _batch_tokens(config: TrainConfig) -> int:
@@ -268,14 +278,9 @@ def _batch_tokens(config: TrainConfig) -> int:
 
 def _decay(config: TrainConfig, plan: RunPlan) -> Callable[[int], float]:
     warmup = config.schedule.warmup_steps if config.schedule.lr_schedule == "exp" else None
-    begun = plan.total_steps // max(plan.epoch_count, 1) * plan.epoch_begin if config.schedule.train_stage else 0
-
-    def decay(step: int) -> float:
-        return weight_decay_at(
-            step + begun, total_steps=plan.total_steps + begun, config=config.optimizer, exponential_from=warmup
-        )
-
-    return decay
+    return partial(
+        weight_decay_at, total_steps=plan.total_steps, config=config.optimizer, exponential_from=warmup
+    )
 
 
 def _resume(

@@ -23,7 +23,7 @@ from rwkvpeft.training.graphed_step import GraphedStep, Graphs
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.optimizers.schedule_free import ScheduleFree
 from rwkvpeft.training.parameter_groups import parameter_groups
-from rwkvpeft.training.schedules import Schedule, steps_per_epoch, weight_decay_at
+from rwkvpeft.training.schedules import Schedule, batches_before, steps_per_epoch, weight_decay_at
 
 # a scaler halves its scale after each overflow: from 2^16 this many in a row leave less than 2^-8
 _OVERFLOWS_IN_A_ROW = 24
@@ -53,7 +53,8 @@ class RunPlan:
 
     ``epoch_steps`` batches per device make a mini-epoch, ``epoch_count`` mini-epochs the run,
     ``accumulate_grad_batches`` batches an optimizer step; ``epoch_begin`` is the number of the first mini-epoch.
-    ``last_step`` is the optimizer step that ends the run, if something does before its mini-epochs are over.
+    ``last_step`` is the optimizer step that ends the run, if something does before its mini-epochs are over. ``begun``
+    mini-epochs have been done by earlier runs, of which this one has the weights alone.
     """
 
     epoch_steps: int
@@ -61,12 +62,25 @@ class RunPlan:
     accumulate_grad_batches: int
     epoch_begin: int = 0
     last_step: int | None = None
+    begun: int = 0
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         steps = steps_per_epoch(self.epoch_steps, self.accumulate_grad_batches) * self.epoch_count
         return steps if self.last_step is None else min(steps, self.last_step)
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of each device in the run."""
+        return batches_before(
+            self.total_steps, epoch_steps=self.epoch_steps, accumulate_grad_batches=self.accumulate_grad_batches
+        )
+
+    @property
+    def begun_steps(self) -> int:
+        """Optimizer steps of earlier runs."""
+        return steps_per_epoch(self.epoch_steps, self.accumulate_grad_batches) * self.begun
 
     @property
     def ends_by_tokens(self) -> bool:
@@ -174,7 +188,7 @@ class RwkvModule(pl.LightningModule):
         shares = group * self.trainer.world_size
         normaliser = weight.where(weight > 0, 1.0) / shares
         self._weight = weight
-        self._tokens += batch.input_ids.numel() * self.trainer.world_size
+        self._tokens += batch.input_ids.numel()
         self.progress.batches += 1
         if self._graphed is not None:
             share = torch.full_like(normaliser, 1 / group)
@@ -254,6 +268,10 @@ class RwkvModule(pl.LightningModule):
         # one transfer for all figures of the step: each would make the processor wait for the device
         loss = self.trainer.strategy.reduce(self._loss, reduce_op="mean")
         self._figures = torch.stack([loss.float(), norm.float(), self._weight.float()]).tolist()
+        if self.trainer.world_size > 1:
+            # packed rows and batches of similar lengths differ in tokens from device to device
+            tokens = torch.tensor(self._tokens, device=self.device)
+            self._tokens = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
         self._check_finite(*self._figures[:2])
 
     def _check_finite(self, loss: float, norm: float) -> None:

@@ -118,15 +118,15 @@ def steps_to_tokens(
 
 
 def build_schedule(
-    config: ScheduleConfig, *, epoch_steps: int, keeps_rate: bool = False, batch_tokens: int = 0
+    config: ScheduleConfig, *, epoch_steps: int, keeps_rate: bool = False, batch_tokens: int = 0, begun: int = 0
 ) -> Schedule:
     """The learning rate of a run as a function of the optimizer step.
 
     With ``my_exit_tokens`` it is a cosine by tokens, whatever ``lr_schedule`` says; if they are negative, the mean of
-    the two (RWKV-LM's v5 trainer). The stages of RWKV-LM are one run: a later one goes on where the schedule stood,
-    with a warm-up of its own.
+    the two (RWKV-LM's v5 trainer).
 
     Args:
+        begun: steps that were taken before this run, which goes on where the schedule stood with a warm-up of its own.
         epoch_steps: batches per device in a mini-epoch, with 0 already replaced by what one pass takes.
         keeps_rate: the optimizer wants ``constant``, whatever schedule the settings name.
         batch_tokens: tokens of one batch on all devices; only ``my_exit_tokens`` needs them.
@@ -136,14 +136,12 @@ def build_schedule(
         raise ContractError("a schedule needs resolved settings")
     warmup = config.warmup_steps
     ends = {"lr_init": config.lr_init, "lr_final": config.lr_final}
-    per_epoch = steps_per_epoch(epoch_steps, config.accumulate_grad_batches)
-    begun = config.epoch_begin * per_epoch if config.train_stage else 0
-    total = per_epoch * config.epoch_count + begun
+    total = steps_per_epoch(epoch_steps, config.accumulate_grad_batches) * config.epoch_count
     shape = constant if keeps_rate else find(SCHEDULES, config.lr_schedule, flag="--lr_schedule")
 
     def by_steps(step: int, **other_ends: float) -> float:
-        rate: float = shape(step + begun, total_steps=total, warmup_steps=warmup, **{**ends, **other_ends})
-        return rate / _warmup(step + begun, warmup) * _warmup(step, warmup) if begun else rate
+        rate: float = shape(step, total_steps=total, warmup_steps=warmup, **{**ends, **other_ends})
+        return rate / _warmup(step, warmup) * _warmup(step - begun, warmup) if begun else rate
 
     def by_tokens(step: int, **other_ends: float) -> float:
         batches = batches_before(
@@ -155,7 +153,7 @@ def build_schedule(
             warmup_tokens=warmup * config.accumulate_grad_batches * batch_tokens,
             **{**ends, **other_ends},
         )
-        return rate * _warmup(step, warmup)
+        return rate * _warmup(step - begun, warmup)
 
     def by_both(step: int, **other_ends: float) -> float:
         return (by_steps(step, **other_ends) + by_tokens(step, **other_ends)) / 2

@@ -117,11 +117,14 @@ def test_negative_tokens_give_the_mean_of_both_schedules():
 
 
 def test_a_later_stage_goes_on_where_the_schedule_stood():
-    whole = ScheduleConfig(epoch_count=4, lr_init=1.0, lr_final=0.1, warmup_steps=2, lr_schedule="exp", train_stage=3)
-    later = replace(whole, epoch_begin=3, epoch_count=1)
-    rates = [build_schedule(config, epoch_steps=10) for config in (whole, later)]
-    assert [rates[1](step) for step in range(2, 10)] == pytest.approx([rates[0](30 + step) for step in range(2, 10)])
-    assert rates[1](0) == pytest.approx(0.01 * rates[0](30))
+    config = ScheduleConfig(epoch_count=4, lr_init=1.0, lr_final=0.1, warmup_steps=2, lr_schedule="exp")
+    for tokens in (0, 320):
+        whole, later = (
+            build_schedule(replace(config, my_exit_tokens=tokens), epoch_steps=10, batch_tokens=8, begun=begun)
+            for begun in (0, 30)
+        )
+        assert [later(step) for step in range(32, 40)] == pytest.approx([whole(step) for step in range(32, 40)])
+        assert later(30) == pytest.approx(0.01 * whole(30))
 
 
 @pytest.mark.golden
