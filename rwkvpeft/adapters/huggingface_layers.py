@@ -24,7 +24,7 @@ FAILURES = (
 
 IN_MODEL = "base_model.model."
 ON_TUNER = "base_model."
-OF_A_LINEAR = re.compile(r"^(blocks\.\d+\.(?:att|ffn)\.\w+|head)\.(.+)$")
+OF_A_LINEAR = re.compile(r"^(blocks\.\d+\.(?:att|ffn|ffnPre)\.\w+|head)\.(.+)$")
 
 
 class Traits(NamedTuple):

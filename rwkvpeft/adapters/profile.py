@@ -34,7 +34,7 @@ from rwkvpeft.models.names import is_large_linear
 from rwkvpeft.registry import ADAPTERS, find
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_STATE = re.compile(r"blocks\.(\d+)\.(att|ffn)\.(time|shift)_state")
+_STATE = re.compile(r"blocks\.(\d+)\.(att|ffn|ffnPre)\.(time|shift)_state")
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 # bone and disha have no dropout: upstream's files fill the cell for them too, and upstream never reads it
 _SETTINGS = {"lora": _LORA, "dora": _LORA, "miss": {"rank": "r", "dropout": "miss_dropout"}}

@@ -24,7 +24,7 @@ from rwkvpeft.errors import UserError
 BESIDE_OTHERS = {"lr_init": 1.0, "lr_final": 0.01}
 """What a state learns at where the run's own rates are those of another method."""
 
-_NAME = re.compile(r"^blocks\.\d+\.(att\.time_state|(att|ffn)\.shift_state)$")
+_NAME = re.compile(r"^blocks\.\d+\.(att\.time_state|(att|ffn|ffnPre)\.shift_state)$")
 
 
 class StateAdapter(Adapter):
@@ -46,9 +46,11 @@ class StateAdapter(Adapter):
         heads, size = shape.dim_att // shape.head_size, shape.head_size
         device = device_of(model)
         for layer in self.layers(shape.n_layer):
-            self._start(model, f"blocks.{layer}.att.time_state", torch.zeros(heads, size, size, device=device))
+            has_memory = layer in shape.time_mixing_layers
+            if has_memory:
+                self._start(model, f"blocks.{layer}.att.time_state", torch.zeros(heads, size, size, device=device))
             if self.config.token_shift:
-                for part in ("att", "ffn"):
+                for part in ("att" if has_memory else "ffnPre", "ffn"):
                     self._start(model, f"blocks.{layer}.{part}.shift_state", torch.zeros(shape.n_embd, device=device))
 
     def layers(self, n_layer: int) -> list[int]:
@@ -110,22 +112,24 @@ def check_states(
     dim_att: int,
     head_size: int | None = None,
     every_layer: bool = True,
+    pre_ffn: int = 0,
 ) -> None:
     """Compare a file's ``time_state`` tensors with the sizes of a model.
 
     Args:
         head_size: None if it is not known.
         every_layer: whether each layer must have a state, as all but a layer profile give it one.
+        pre_ffn: 1 if block 0 has no time mixing, and with it no state.
     Raises: UserError if a layer has no state or is none of the model's, or if a state's heads do not make up the width
         of the time mixing.
     """
     found = [name for name in tensors if name.endswith(".time_state")]
-    expected = {f"blocks.{i}.att.time_state" for i in range(n_layer)}
-    if not expected.issuperset(found) or (every_layer and len(found) < n_layer):
+    expected = {f"blocks.{i}.att.time_state" for i in range(pre_ffn, n_layer)}
+    if not expected.issuperset(found) or (every_layer and len(found) < len(expected)):
         raise UserError(
             "the state file does not fit the base model",
             found=f"{len(found)} tensors",
-            expected=f"one time_state for each of {n_layer} layers",
+            expected=f"one time_state for each of {len(expected)} layers",
         )
     for name in found:
         tensor = tensors[name]

@@ -144,10 +144,12 @@ def _check_states(base: Mapping[str, Tensor], fold: Fold, path: Path) -> None:
     if not any(name.endswith(".time_state") for name in fold.tensors):
         return
     layers = {name.split(".")[1] for name in base if name.startswith("blocks.")}
-    width = base.get("blocks.0.att.receptance.weight")
-    if width is None:
+    first = next((layer for layer in (0, 1) if f"blocks.{layer}.att.receptance.weight" in base), None)
+    if first is None:
         raise UserError(f"{path} is not an RWKV checkpoint", expected="a tensor blocks.0.att.receptance.weight")
-    heads = [base[name] for key in ("r_k", "time_faaaa", "time_decay") if (name := f"blocks.0.att.{key}") in base]
+    width = base[f"blocks.{first}.att.receptance.weight"]
+    heads = [base[name] for key in ("r_k", "time_faaaa", "time_decay")
+             if (name := f"blocks.{first}.att.{key}") in base]
     two_axes = [tuple(tensor.shape) for tensor in heads if tensor.dim() == 2]
     check_states(
         fold.tensors,
@@ -155,6 +157,7 @@ def _check_states(base: Mapping[str, Tensor], fold: Fold, path: Path) -> None:
         dim_att=width.shape[0],
         head_size=two_axes[0][1] if two_axes else None,
         every_layer=fold.recipe.method != "profile",
+        pre_ffn=first,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import ModelShape, new_shape
 
-_FIXED = ("version", "head_size")
+_FIXED = ("version", "head_size", "pre_ffn")
 _RANKS = ("decay_rank", "learning_rate_rank", "value_rank", "gate_rank", "mix_rank")
 
 

@@ -192,8 +192,11 @@ def _add_optional(model: Rwkv, outline: Mapping[str, Tensor]) -> None:
     """Make room for merged initial states."""
     shape = model.shape
     memory = (shape.n_head, shape.head_size, shape.head_size)
-    states = {"att.time_state": memory, "att.shift_state": (shape.n_embd,), "ffn.shift_state": (shape.n_embd,)}
+    shift = (shape.n_embd,)
     for layer in range(shape.n_layer):
+        states = {"att.time_state": memory, "att.shift_state": shift, "ffn.shift_state": shift}
+        if layer not in shape.time_mixing_layers:
+            states = {"ffnPre.shift_state": shift, "ffn.shift_state": shift}
         for state, sizes in states.items():
             if (name := f"blocks.{layer}.{state}") in outline:
                 _put(model, name, nn.Parameter(torch.empty(sizes, device="meta")))

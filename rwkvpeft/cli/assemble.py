@@ -104,6 +104,8 @@ def open_base(config: ModelConfig) -> Base:
         "dim_att": shape.dim_att,
         "dim_ffn": shape.dim_ffn,
         "head_size_a": shape.head_size,
+        "pre_ffn": shape.pre_ffn,
+        "head_qk": shape.head_qk,
     }
     findings = Findings()
     for name, value in told.items():

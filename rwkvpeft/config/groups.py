@@ -30,10 +30,14 @@ class ModelConfig:
         None, help="channels per head; read from the file where it tells", alias="head_size", unit="channels"
     )
     head_size_divisor: int = flag(8, help="group norm after the time mixing uses eps = 1e-5 * divisor^2")
-    pre_ffn: int = flag(
-        0, help="1: the first block has a channel mixing in place of the time mixing; v5 and v6", choices=("0", "1")
+    pre_ffn: int | None = flag(
+        None,
+        help="1: block 0 has a second channel mixing in place of the time mixing; v5 and v6; read from the file",
+        choices=("0", "1"),
     )
-    head_qk: int = flag(0, help="width of RWKV-LM's headQK, which lets the head copy earlier tokens; 0: none")
+    head_qk: int | None = flag(
+        None, help="width of RWKV-LM's headQK, which lets the head copy earlier tokens; 0: none; read from the file"
+    )
     load_partial: int = flag(
         0,
         help="1: take from --load_model what fits the typed sizes, even parts of tensors, and draw the rest anew",

@@ -64,16 +64,21 @@ class TimeMixing(nn.Module):
 class Block(nn.Module):
     """Time mixing, then channel mixing, each on a normed copy and added to the residual stream.
 
-    ``dropout`` acts on each of the two sums, as in RWKV-LM: on the whole residual stream.
+    Without a time mixing there is a second channel mixing in its place, ``ffnPre`` (``--pre_ffn``, block 0 only): of
+    the block's state, ``time_shift`` is that one's last normed input then, and ``memory`` stays None. ``dropout`` acts
+    on each of the two sums, as in RWKV-LM: on the whole residual stream.
     """
 
-    def __init__(self, shape: ModelShape, layer: int, att: TimeMixing, ffn: ChannelMixing, ops: BlockOps) -> None:
+    def __init__(
+        self, shape: ModelShape, layer: int, first: TimeMixing | ChannelMixing, ffn: ChannelMixing, ops: BlockOps
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.ln0 = LayerNorm(shape.n_embd) if layer == 0 else None
         self.ln1 = LayerNorm(shape.n_embd)
         self.ln2 = LayerNorm(shape.n_embd)
-        self.att = att
+        self.att = first if isinstance(first, TimeMixing) else None
+        self.ffnPre = None if isinstance(first, TimeMixing) else first
         self.ffn = ffn
         self.dropout = 0.0
 
@@ -84,17 +89,26 @@ class Block(nn.Module):
         if self.ln0 is not None:
             x = self.ln0(x)
         state = state._replace(
-            time_shift=_first_shift(self.att, state.time_shift, x, sequences),
+            time_shift=_first_shift(self._first_mixing(), state.time_shift, x, sequences),
             channel_shift=_first_shift(self.ffn, state.channel_shift, x, sequences),
         )
-        mixed = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, self.att.shift_mixes(), sequences)
+        mixes = self._first_mixing().shift_mixes()
+        mixed = self.ops.norm_mix(x, None, self.ln1.norm(), state.time_shift, mixes, sequences)
         time_shift = mixed.last
-        update, first_value, memory = self.att(mixed, first_value, state, sequences)
+        if self.att is not None:
+            update, first_value, memory = self.att(mixed, first_value, state, sequences)
+        else:
+            update, memory = self._first_mixing()(*mixed.tokens), None
         x, addend = self._sum(mixed.residual, update)
         mixes = self.ffn.shift_mixes()
         mixed = self.ops.norm_mix(x, addend, self.ln2.norm(), state.channel_shift, mixes, sequences)
         x = F.dropout(mixed.residual + self.ffn(*mixed.tokens), self.dropout, self.training)
         return x, first_value, BlockState(time_shift, memory, mixed.last)
+
+    def _first_mixing(self) -> TimeMixing | ChannelMixing:
+        first = self.att if self.att is not None else self.ffnPre
+        assert first is not None
+        return first
 
     def _sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor | None]:
         """The residual stream and what the next norm adds to it: the norm's own addition is free, if nothing drops."""
@@ -137,8 +151,11 @@ class Rwkv(nn.Module):
         super().__init__()
 
         def block(layer: int) -> Block:
-            att = self.time_mix(shape, wkv, head_size_divisor, block_ops)
-            return Block(shape, layer, att, self.channel_mix(shape, block_ops), block_ops)
+            if layer in shape.time_mixing_layers:
+                first = self.time_mix(shape, wkv, head_size_divisor, block_ops)
+            else:
+                first = self.channel_mix(shape, block_ops)
+            return Block(shape, layer, first, self.channel_mix(shape, block_ops), block_ops)
 
         blocks = [block(layer) for layer in range(shape.n_layer)]
         self.shape = shape

@@ -36,7 +36,7 @@ def shared_weights(shape: ModelShape) -> dict[str, Tensor]:
     norms += [f"blocks.{layer}.{name}" for layer in range(shape.n_layer) for name in ("ln1", "ln2")]
     for norm in norms:
         weights |= {f"{norm}.weight": torch.ones(shape.n_embd), f"{norm}.bias": torch.zeros(shape.n_embd)}
-    for layer in range(shape.n_layer):
+    for layer in shape.time_mixing_layers:
         scale = ((1 + layer) / shape.n_layer) ** 0.7
         weights[f"blocks.{layer}.att.ln_x.weight"] = torch.full((shape.dim_att,), scale)
         weights[f"blocks.{layer}.att.ln_x.bias"] = torch.zeros(shape.dim_att)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_LARGE_LINEAR = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|output|gate)\.weight")
+_LARGE_LINEAR = re.compile(r"blocks\.\d+\.(att|ffn|ffnPre)\.(receptance|key|value|output|gate)\.weight")
 
 _IN_BLOCK = re.compile(r"(blocks\.\d+)\.(\w+)\.(.+)")
 
@@ -72,8 +72,11 @@ EVERY_VERSION = (
     TensorName("blocks.{L}.att/ffn.shift_state", "C", "tuned token before the first; this toolkit's own; optional"),
     TensorName("blocks.{L}.ffn.key.weight", "F, C", "channel mixing, up"),
     TensorName("blocks.{L}.ffn.value.weight", "C, F", "channel mixing, down"),
+    TensorName("blocks.0.ffnPre.*", "", "as ffn: a channel mixing in place of block 0's att; v5, v6, optional"),
     TensorName("ln_out.weight/bias", "C", "layer norm before the head"),
     TensorName("head.weight", "V, C", "logits"),
+    TensorName("head_q/head_k.weight", "R, C", "headQK: logits of tokens that were read before, optional"),
+    TensorName("copy_mask", "T, T", "headQK: a triangle of ones, which is not read"),
 )
 
 V5 = (

@@ -81,13 +81,13 @@ class ChannelMix(GatedChannelMix):
 _SQUARE_GAINS = (("receptance", 1.0), ("value", 1.0), ("gate", 0.1))
 
 
-def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
+def _initial_time_mix(shape: ModelShape, layer: int) -> dict[str, Tensor]:
     channels, width = shape.n_embd, shape.dim_att
     rising, falling = depth_ratios(layer, shape.n_layer)
     channel = position(channels)
     decay, bonus = decay_and_bonus(shape, layer)
     square = {name: orthogonal(width, channels, gain) for name, gain in _SQUARE_GAINS}
-    att = {f"{name}.weight": tensor for name, tensor in square.items()} | {
+    return {f"{name}.weight": tensor for name, tensor in square.items()} | {
         "time_mix_k": channel**falling,
         "time_mix_v": channel**falling + 0.3 * rising,
         "time_mix_r": channel ** (0.5 * falling),
@@ -97,15 +97,27 @@ def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
         "key.weight": orthogonal(width, channels, 0.1),
         "output.weight": torch.zeros(channels, width),
     }
-    ffn = {
+
+
+def _initial_channel_mix(shape: ModelShape, layer: int) -> dict[str, Tensor]:
+    channels = shape.n_embd
+    _, falling = depth_ratios(layer, shape.n_layer)
+    channel = position(channels)
+    return {
         "time_mix_k": channel**falling,
         "time_mix_r": channel**falling,
         "key.weight": orthogonal(shape.dim_ffn, channels, 1.0),
         "receptance.weight": torch.zeros(channels, channels),
         "value.weight": torch.zeros(channels, shape.dim_ffn),
     }
-    return {f"att.{name}": tensor for name, tensor in att.items()} | {
-        f"ffn.{name}": tensor for name, tensor in ffn.items()
+
+
+def _initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
+    first = ("att", _initial_time_mix) if layer in shape.time_mixing_layers else ("ffnPre", _initial_channel_mix)
+    return {
+        f"{part}.{name}": tensor
+        for part, initial in (first, ("ffn", _initial_channel_mix))
+        for name, tensor in initial(shape, layer).items()
     }
 
 

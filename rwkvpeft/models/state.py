@@ -15,8 +15,9 @@ from torch import Tensor
 class BlockState(NamedTuple):
     """What one block remembers. None stands for zeros.
 
-    ``time_shift`` (B, C): the time mixing's last normed input. ``memory`` (B, H, N, N) fp32: rows are value channels,
-    columns key channels. ``channel_shift`` (B, C): the channel mixing's last normed input.
+    ``time_shift`` (B, C): the last normed input of the time mixing, or of ``ffnPre`` in its place. ``memory``
+    (B, H, N, N) fp32: rows are value channels, columns key channels; of ``ffnPre`` there is none. ``channel_shift``
+    (B, C): the channel mixing's last normed input.
     """
 
     time_shift: Tensor | None = None
@@ -46,7 +47,7 @@ class RecurrentState(NamedTuple):
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def memories(self) -> Tensor:
-        """All layers' memories, (L, B, H, N, N).
+        """The memories of all layers that have a time mixing, (L, B, H, N, N).
 
         Raises: TypeError if a memory is still None, i.e. no token has been read.
         """

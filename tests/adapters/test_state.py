@@ -14,7 +14,8 @@ from rwkvpeft.errors import UserError
 
 def tiny(n_layer: int = 3) -> nn.Module:
     model = nn.Module()
-    model.shape = SimpleNamespace(n_layer=n_layer, dim_att=8, head_size=4)
+    layers = list(range(n_layer))
+    model.shape = SimpleNamespace(n_layer=n_layer, dim_att=8, head_size=4, time_mixing_layers=layers)
     model.blocks = nn.ModuleList()
     for _ in range(n_layer):
         block = nn.Module()
