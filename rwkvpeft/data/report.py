@@ -30,6 +30,7 @@ class DataReport:
         scanned_documents: how many documents, from the first, the counts of trained tokens and empty rows are about.
         mixed: the parts of a mixture; empty for one data set.
         packed_documents, packed_tokens: documents in ``rows`` and their inputs, where rows hold several.
+        notes: how the files are read.
     """
 
     documents: int
@@ -44,6 +45,7 @@ class DataReport:
     mixed: tuple[MixedPart, ...] = ()
     packed_documents: int = 0
     packed_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def of_all(reports: Sequence[DataReport], mixed: tuple[MixedPart, ...]) -> DataReport:
@@ -54,6 +56,7 @@ class DataReport:
             longest=max(report.longest for report in reports),
             ctx_len=reports[0].ctx_len,
             mixed=mixed,
+            notes=tuple(note for report in reports for note in report.notes),
         )
 
     def render(self) -> str:
@@ -73,6 +76,7 @@ class DataReport:
                 for part in self.mixed
             )
             lines.append(f"mixed: {parts}")
+        lines += [f"note: {note}" for note in self.notes]
         if self.cut_endings:
             share = 100 * self.cut_endings / self.documents
             lines.append(

@@ -74,6 +74,11 @@ class RowDataset(ABC):
         """Rows that a run draws in its first pass over the data."""
         return len(self)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row."""
+        return self.ctx_len
+
     @abstractmethod
     def row(self, index: int) -> Row:
         """Row ``index`` of all in the file's order."""
@@ -105,6 +110,11 @@ class DocumentDataset(RowDataset):
     seed: int
     shuffle: bool
     passes_are_alike = True
+
+    @property
+    def longest_row(self) -> int:
+        """See ``RowDataset``."""
+        return self.ctx_len if self.joining == "equal" else int(self.lengths.max())
 
     @abstractmethod
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -168,6 +178,7 @@ class DocumentRows(DocumentDataset):
             longest=int(sizes.max(initial=0)),
             rows=len(self),
             ctx_len=self.ctx_len,
+            notes=self.source.notes,
             trained_tokens=self._trained_tokens,
             cut_endings=int((sizes > self.ctx_len + 1).sum()),
             empty_rows=len(sizes) - len(self),
@@ -235,6 +246,7 @@ class WindowRows(RowDataset):
             longest=int(sizes.max(initial=0)),
             rows=len(self),
             ctx_len=self.ctx_len,
+            notes=self.source.notes,
             trained_tokens=self._trained_tokens,
             cut_endings=0,
             empty_rows=self._empty,
