@@ -23,6 +23,7 @@ class DocumentsOf(TokenSource):
     def __init__(self, source: TokenSource, documents: NDArray[np.int64], name: str) -> None:
         """Args: ``documents``: their numbers in ``source``, ascending; ``name``: for messages."""
         self.name = name
+        self.notes = source.notes
         self.source = source
         self.documents = documents
         self.stream = source.stream
