@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.training.history import BEST
 
 if TYPE_CHECKING:
     from rwkvpeft.cli.assemble import Base, Chosen
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rwkvpeft.memory import LevelChoice
     from rwkvpeft.models.backbone import Rwkv
     from rwkvpeft.training.fit import FitResult
+    from rwkvpeft.training.history import History
     from rwkvpeft.training.module import RunPlan
 
 _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
@@ -104,10 +106,13 @@ def end_lines(config: TrainConfig, base: Base, result: FitResult) -> list[str]:
     """Where the result is and the commands that use it."""
     folder = Path(config.output.proj_dir)
     loss = "" if result.final_loss is None else f", loss {result.final_loss:.4f}"
+    evaluated = evaluation_lines(config, result.history)
     if result.stopped_early:
-        return [f"stopped after step {result.steps}{loss}; the same command goes on from {folder / 'resume'}"]
-    newest = max(folder.glob("rwkv-*.pth"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    lines = [f"done after step {result.steps}{loss}"]
+        stopped = f"stopped after step {result.steps}{loss}; the same command goes on from {folder / 'resume'}"
+        return [stopped, *evaluated]
+    newest = _result(folder, result)
+    early = ", early: the held-out loss no longer fell" if result.gave_up else ""
+    lines = [f"done after step {result.steps}{loss}{early}", *evaluated]
     if newest is None:
         return lines
     lines.append(f"result    {newest}")
@@ -122,6 +127,36 @@ def end_lines(config: TrainConfig, base: Base, result: FitResult) -> list[str]:
         model = "ORIGINAL.pth"
     lines.append(f"merge it  python merge.py --base_model {model} --checkpoint {newest} --output MERGED.pth")
     return lines
+
+
+def evaluation_lines(config: TrainConfig, history: History) -> list[str]:
+    """What the evaluations say about the run: the base, the best and the last, and what got worse."""
+    lines = []
+    base, best, newest = history.base, history.best, history.newest
+    if best is not None and newest is not None:
+        before = "" if base is None else f"base {base.val_loss:.4f}, "
+        lines.append(
+            f"held-out loss: {before}best {best.val_loss:.4f} after step {best.step} "
+            f"({Path(config.output.proj_dir) / BEST}), last {newest.val_loss:.4f}"
+        )
+        if history.is_overfitted:
+            lines.append(f"note: overfitting since step {best.step}: the last held-out loss is {history.excess:.4f} "
+                         "nats above the best")
+        if base is not None and base.val_loss is not None and (best.val_loss or 0.0) >= base.val_loss:
+            lines.append("warning: no trained model predicts the held-out data better than the base")
+    if history.forgotten() > config.evaluation.general_alarm:
+        lines.append(f"warning: the model has forgotten: its loss on {config.evaluation.general_data_file} is "
+                     f"{history.forgotten():.4f} nats above the base's")
+    return lines
+
+
+def _result(folder: Path, result: FitResult) -> Path | None:
+    """The checkpoint to use: the best where the last is worse or was never written, otherwise the newest."""
+    best = folder / BEST
+    if result.history.best is not None and best.is_file() and (result.history.is_overfitted or result.gave_up):
+        return best
+    written = [path for path in folder.glob("rwkv-*.pth") if path != best]
+    return max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _kind(config: TrainConfig) -> str:

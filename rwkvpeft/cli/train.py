@@ -100,7 +100,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     watched = watch.make_watched(config, held_out, base.shape.vocab_size, adapter)
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
-    plan = run_plan(config, data, begun)
+    plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), begun)
     point = _check_resume(config, recipe, plan)
     if point is not None and adapter is not None:
         adapter.take_constants(point.constants())
@@ -121,7 +121,12 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
                  loss_rows=chosen.rows.program, watched=watched, begun=begun)
-    for line in report.end_lines(config, base, result):
+    ending = report.end_lines(config, base, result)
+    if config.evaluation.report and _is_first_process():
+        from rwkvpeft.cli.run_report import write_report
+
+        ending.append(f"report    {write_report(config, result, beginning=lines, ending=ending)}")
+    for line in ending:
         _say(line)
     return 0
 

@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+BEST = "rwkv-best.pth"
+"""The checkpoint with the lowest held-out loss."""
+
 
 @dataclass(frozen=True)
 class EvaluationRecord:

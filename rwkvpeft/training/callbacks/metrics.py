@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from rwkvpeft.atomic import write_whole, writing
 from rwkvpeft.config.groups import OutputConfig
@@ -80,7 +82,7 @@ class Metrics(pl.Callback):
         record = pl_module.finished
         if record is None or self._steps is None:
             return
-        line = _step_line(record)
+        line = {**_step_line(record), "memory": peak_memory(pl_module.device)}
         with writing(self._folder / "loss_data.jsonl"):
             self._steps.write(json.dumps(line) + "\n")
             # a crash must not take lines that a resume point counts on
@@ -152,6 +154,21 @@ def _step_line(record: StepRecord) -> dict[str, Any]:
         "kt_s": record.tokens / seconds / 1000,
         **line,
     }
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes this process has held at once so far: tensors on a GPU, otherwise everything in main memory.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if find_spec("resource") is None:
+        # Windows
+        return None
+    resource = import_module("resource")
+    # macOS counts bytes, others KiB
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def draw_loss(data: Path, picture: Path, evaluations: Path | None = None) -> None:

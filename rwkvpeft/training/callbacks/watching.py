@@ -32,7 +32,6 @@ from rwkvpeft.training.optimizers.schedule_free import averaged
 
 VAL_DATA = "val_data.jsonl"
 SAMPLES = "samples.jsonl"
-BEST = "rwkv-best.pth"
 
 _SHOWN = 60
 
