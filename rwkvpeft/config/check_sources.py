@@ -31,7 +31,7 @@ def by_source(values: dict[str, Any]) -> None:
         values.setdefault("dataload", "get")
     if kind in TEXTS:
         values.setdefault("tokenizer", _vocabulary_path(values))
-    if kind == "sft" and len(values.get("sft_field", [])) == 2:
+    if len(values.get("sft_field", [])) == 2:
         # as in RWKV-PEFT, which trains the second column and reads the first
         values.setdefault("loss_mask", "qa")
 
