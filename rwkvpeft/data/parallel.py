@@ -55,7 +55,7 @@ def tokenised_blocks(
         raise UserError(
             "a process that tokenises ended without a word",
             found="most often the memory is used up",
-            fix=f"--workers {max(workers // 2, 1)}",
+            fix=f"more memory, or make_data.py with --workers {max(workers // 2, 1)}",
         ) from reason
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
