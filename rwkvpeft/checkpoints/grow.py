@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from rwkvpeft.errors import UserError
+from rwkvpeft.models.names import COPY_MASK
 from rwkvpeft.models.shape import ModelShape, new_shape
 
 _FIXED = ("version", "head_size", "pre_ffn")
@@ -95,7 +96,7 @@ def grow(small: Mapping[str, Tensor], drawn: Mapping[str, Tensor], source: str) 
     Returns: new tensors, and what came from where.
     Raises: UserError if a tensor has no place in the larger model, or nothing fits.
     """
-    left = [name for name in small if name not in drawn]
+    left = [name for name in small if name not in drawn and name != COPY_MASK]
     if left:
         raise UserError(f"{source} has tensors that the larger model has no place for",
                         found=", ".join(left[:4]) + (f", and {len(left) - 4} more" if len(left) > 4 else ""))

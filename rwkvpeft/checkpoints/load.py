@@ -12,7 +12,7 @@ from rwkvpeft.checkpoints.files import MappedTensors
 from rwkvpeft.checkpoints.quantised import HEAD, PackedWeight, Quantiser, find_packed, model_outline
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv, Wkv
-from rwkvpeft.models.names import is_large_linear, is_state
+from rwkvpeft.models.names import COPY_MASK, is_large_linear, is_state
 from rwkvpeft.models.shape import ModelShape, read_shape
 from rwkvpeft.ops.bench import Bench
 from rwkvpeft.ops.block.contract import BlockOps
@@ -172,7 +172,8 @@ def _check_fit(model: Rwkv, outline: Mapping[str, Tensor], source: str) -> None:
                 problems.append(f"{name} is missing")
         elif outline[name].numel() != parameter.numel():
             problems.append(f"{name} is {tuple(outline[name].shape)}, not {tuple(parameter.shape)}")
-    problems += [f"{name} is not a tensor of {model.shape.version}" for name in outline if name not in parameters]
+    problems += [f"{name} is not a tensor of {model.shape.version}" for name in outline
+                 if name not in parameters and not (name == COPY_MASK and model.shape.head_qk)]
     if problems:
         more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(

@@ -215,6 +215,14 @@ def check_merge(base: Base, method: MethodConfig, adapter: Adapter | None) -> No
                         found=base.packed.quant, fix="--merge 0, and merge.py with the original afterwards")
 
 
+def check_whole_rows(base: Base, config: TrainConfig) -> None:
+    """Raises: UserError if a model with headQK, which no state serves, is to go on from one."""
+    if config.long_context.infctx:
+        base.shape.check_recurrent("--infctx")
+    if config.evaluation.sample_prompts:
+        base.shape.check_recurrent("answering --sample_prompts")
+
+
 def check_fits(base: Base, config: TrainConfig) -> None:
     """Raises: UserError if a run with these settings cannot fit into memory."""
     check_memory(base.shape, config, partial(make_adapter, config.method), base.packed)

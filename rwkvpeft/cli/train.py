@@ -85,6 +85,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         return 0
     adapter = assemble.make_adapter(config.method, base.shape)
     assemble.check_merge(base, config.method, adapter)
+    assemble.check_whole_rows(base, config)
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
     trainer_arguments(config.runtime)
@@ -97,7 +98,9 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     if config.data.preview:
         print(preview(dataset, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
         return 0
-    watched = watch.make_watched(config, held_out, base.shape.vocab_size, adapter)
+    watched = watch.make_watched(
+        config, held_out, base.shape.vocab_size, adapter, answers=not base.shape.head_qk
+    )
     data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
     recipe = assemble.make_recipe(base, config, adapter)
     plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), begun)

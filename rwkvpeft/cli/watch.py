@@ -43,9 +43,17 @@ def open_training_data(config: TrainConfig, vocab_size: int) -> tuple[RowDataset
 
 
 def make_watched(
-    config: TrainConfig, held_out: RowDataset | None, vocab_size: int, adapter: Adapter | None
+    config: TrainConfig,
+    held_out: RowDataset | None,
+    vocab_size: int,
+    adapter: Adapter | None,
+    *,
+    answers: bool = True,
 ) -> Watched:
     """What the run is watched by.
+
+    Args:
+        answers: whether the model can continue a text, so that the report can show answers.
 
     Raises: UserError if the general data or the prompts cannot be read, or do not belong to the model's vocabulary.
     """
@@ -53,7 +61,7 @@ def make_watched(
     general = _open_general(config, vocab_size) if evaluation.general_data_file else None
     prompts: list[Prompt] = []
     answer: Callable[[Rwkv, str], str] | None = None
-    if evaluation.sample_prompts or (evaluation.report and held_out is not None):
+    if evaluation.sample_prompts or (evaluation.report and answers and held_out is not None):
         tokenizer = data_tokenizer(config.data)
         prompts = _prompts(config, held_out, tokenizer, vocab_size)
         answer = _answerer(tokenizer, evaluation.sample_tokens)

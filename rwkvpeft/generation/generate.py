@@ -21,7 +21,7 @@ class TextGenerator:
         model: in evaluation mode, adapters attached.
         tokenizer: the one the model was trained with.
         chunk: prompt tokens read at once.
-    Raises: UserError if the tokenizer has ids beyond the model's vocabulary.
+    Raises: UserError if the tokenizer has ids beyond the model's vocabulary, and for headQK.
     """
 
     def __init__(self, model: Rwkv, tokenizer: Tokenizer, *, chunk: int = 256) -> None:
@@ -32,6 +32,7 @@ class TextGenerator:
                 expected=f"at most {model.shape.vocab_size}",
                 fix="--tokenizer with the one the model was trained with",
             )
+        model.shape.check_recurrent("continuing a text")
         self.model = model
         self.tokenizer = tokenizer
         self.chunk = chunk

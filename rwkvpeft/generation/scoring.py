@@ -67,6 +67,7 @@ class Scorer:
     """
 
     def __init__(self, model: Rwkv, *, tokens_at_once: int = 8192) -> None:
+        model.shape.check_recurrent("scoring continuations")
         self._model = model
         self._tokens_at_once = tokens_at_once
 

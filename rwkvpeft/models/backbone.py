@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpeft.models.channel_mix import ChannelMixing
+from rwkvpeft.models.head_qk import Copies
 from rwkvpeft.models.initialise import shared_weights
 from rwkvpeft.models.layers import LayerNorm, Linear
 from rwkvpeft.models.neftune import add_noise
@@ -167,6 +168,8 @@ class Rwkv(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = LayerNorm(shape.n_embd)
         self.head = Linear(shape.n_embd, shape.vocab_size)
+        self.head_q = Linear(shape.n_embd, shape.head_qk) if shape.head_qk else None
+        self.head_k = Linear(shape.n_embd, shape.head_qk) if shape.head_qk else None
 
     @staticmethod
     def initial_block(shape: ModelShape, layer: int) -> dict[str, Tensor]:
@@ -244,6 +247,30 @@ class Rwkv(nn.Module):
         return len(self.blocks)
 
     def forward(self, tokens: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
-        """Logits (B, T, V) of the token after each token, and the state after the last one. See ``hidden``."""
-        hidden, state = self.hidden(tokens, state)
-        return self.head(hidden), state
+        """Logits (B, T, V) of the token after each token, and the state after the last one. See ``hidden``.
+
+        Raises: UserError for headQK and a state, which does not hold the tokens that were read.
+        """
+        hidden, after = self.hidden(tokens, state)
+        copies = self.copies(hidden, tokens, state)
+        logits: Tensor = self.head(hidden)
+        if copies is not None and tokens.numel():
+            logits = copies.add(logits.flatten(0, 1), slice(0, tokens.numel())).view_as(logits)
+        return logits, after
+
+    def copies(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        state: RecurrentState | None = None,
+        sequences: Sequences | None = None,
+    ) -> Copies | None:
+        """What headQK adds to the logits of ``hidden``, made from ``tokens``; None for a model without it.
+
+        Raises: UserError for headQK and a state, which does not hold the tokens that were read.
+        """
+        if self.head_q is None or self.head_k is None:
+            return None
+        if state is not None:
+            self.shape.check_recurrent("going on from a state")
+        return Copies.of(self.head_q(hidden), self.head_k(hidden), tokens, sequences)

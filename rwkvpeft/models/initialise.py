@@ -32,6 +32,9 @@ def shared_weights(shape: ModelShape) -> dict[str, Tensor]:
         "emb.weight": torch.empty(shape.vocab_size, shape.n_embd).uniform_(-1e-4, 1e-4),
         "head.weight": orthogonal(shape.vocab_size, shape.n_embd, head_gain),
     }
+    if shape.head_qk:
+        weights["head_q.weight"] = torch.zeros(shape.head_qk, shape.n_embd)
+        weights["head_k.weight"] = orthogonal(shape.head_qk, shape.n_embd, 0.1)
     norms = ["ln_out", "blocks.0.ln0"]
     norms += [f"blocks.{layer}.{name}" for layer in range(shape.n_layer) for name in ("ln1", "ln2")]
     for norm in norms:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 _LARGE_LINEAR = re.compile(r"blocks\.\d+\.(att|ffn|ffnPre)\.(receptance|key|value|output|gate)\.weight")
 
+COPY_MASK = "copy_mask"
+"""What RWKV-LM's files of a model with headQK hold beside its parameters: a triangle of ones, which nothing needs."""
 _IN_BLOCK = re.compile(r"(blocks\.\d+)\.(\w+)\.(.+)")
 
 

@@ -44,6 +44,20 @@ class ModelShape:
         """The layers that have a time mixing, and with it a memory."""
         return list(range(self.pre_ffn, self.n_layer))
 
+    def check_recurrent(self, what: str) -> None:
+        """Whether a state holds all that is known of earlier tokens.
+
+        Args:
+            what: is to be done with a state.
+        Raises: UserError for headQK, which looks back at the tokens themselves.
+        """
+        if self.head_qk:
+            raise UserError(
+                f"{what} is not possible with headQK, which looks back at every token of a row",
+                found=f"a model with --head_qk {self.head_qk}",
+                fix="rows read as a whole, as in training and in python -m rwkvpeft.evaluate",
+            )
+
 
 # names within the first time mixing
 _SIGNATURES = (

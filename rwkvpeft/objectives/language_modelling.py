@@ -63,13 +63,16 @@ class LanguageModelling:
             "compact": self.compact,
             "chunk_rows": self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
         }
-        head = model.head
-        if isinstance(head, Linear | QuantizedLinear):
+        head, copies = model.head, None
+        if getattr(model, "head_q", None) is not None:
+            copies = model.copies(hidden, batch.input_ids, state, batch.sequences)
+        if isinstance(head, Linear | QuantizedLinear) and copies is None:
             # a dequantised head lives until the loss is there: its gradients are worked out with it
             weight = head.weight if isinstance(head, Linear) else head.dequantized(hidden.dtype)
             total = linear_cross_entropy(hidden, weight, batch.labels, batch.weights, rows=self.rows, **settings)
         else:
-            total = head_cross_entropy(hidden, head, batch.labels, batch.weights, **settings)
+            beside = None if copies is None else copies.add
+            total = head_cross_entropy(hidden, head, batch.labels, batch.weights, beside=beside, **settings)
         return Loss(total, batch.weights.sum(), {}), after
 
 

@@ -137,11 +137,16 @@ def head_cross_entropy(
     chunk_rows: int,
     label_smoothing: float = 0.0,
     compact: bool = True,
+    beside: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> Tensor:
     """``linear_cross_entropy`` for a head that is more than a matrix, as one with an adapter on it.
 
     The logits of a chunk are made by calling ``head`` on (rows, C), and once more in the backward pass, so that all of
     them never exist at once. Gradients reach whatever ``head`` trains.
+
+    Args:
+        beside: takes logits of (rows, V) and which of all rows they are, and gives the logits to compare. No row is
+            left out then.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -152,16 +157,19 @@ def head_cross_entropy(
     # where the weight is 0 a label may be anything
     labels = labels.where(trained, 0)
 
-    def chunk_loss(rows: Tensor, row_labels: Tensor, row_weights: Tensor) -> Tensor:
+    def chunk_loss(rows: Tensor, row_labels: Tensor, row_weights: Tensor, place: Tensor | slice) -> Tensor:
         logits = head(rows)
+        if beside is not None:
+            logits = beside(logits, cast(slice, place))
         each = F.cross_entropy(logits.to(dtype), row_labels, reduction="none", label_smoothing=label_smoothing)
         loss = (each * row_weights).sum()
         return loss if wrap is None else cast(Tensor, _Pull.apply(loss, logits, wrap))
 
     # 0, and part of the graph: a batch in which nothing has weight must have a backward pass too
     total = flat[:0].sum().to(dtype)
-    for index in _chunks(trained, chunk_rows) if compact and wrap is None else _slices(len(flat), chunk_rows):
-        part = checkpoint(chunk_loss, flat[index], labels[index], weights[index], use_reentrant=False)
+    compact = compact and wrap is None and beside is None
+    for index in _chunks(trained, chunk_rows) if compact else _slices(len(flat), chunk_rows):
+        part = checkpoint(chunk_loss, flat[index], labels[index], weights[index], index, use_reentrant=False)
         total = total + cast(Tensor, part)
     return total / normaliser
 
