@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,7 @@ Each line of IN.jsonl is one JSON object, in one of these layouts:
 
 The lines are shuffled once for each epoch. With the same --seed the files come out the same, byte for byte.
 """
+_TABLES = (".csv", ".parquet")
 _PREVIEW_TOKENS = 100
 _EXIT_TERMINATED = 143
 
@@ -51,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="IN.jsonl", type=Path, help="the documents, one a line")
+    parser.add_argument("file", metavar="IN.jsonl", type=Path, help="the documents, one a line; or .csv, .parquet")
     parser.add_argument("epochs", metavar="N_EPOCH", type=_positive, help="how many shuffled copies to write")
     parser.add_argument("ctx_len", metavar="CTX_LEN", type=_positive, help="tokens per row, for the magic prime")
     parser.add_argument("--seed", type=int, help="seed of the order; default: a new one, printed")
@@ -68,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         "--mask",
         action="store_true",
         help="write NAME.mask too: who says each token, for train.py --loss_mask qa or last and --mask_think",
+    )
+    parser.add_argument(
+        "--sft_field",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="columns of prompt and answer, or that of the text; default: the layouts below",
     )
     parser.add_argument("--text_key", metavar="NAME", default="text", help="field of a whole document; default: text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
@@ -97,6 +108,7 @@ def _run(options: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     job = Conversion(
         path=options.file,
+        origin=options.file,
         prefix=prefix,
         epochs=options.epochs,
         seed=seed,
@@ -107,11 +119,41 @@ def _run(options: argparse.Namespace) -> int:
         with_mask=options.mask,
     )
     written = ", ".join(f"{prefix}.{kind}" for kind in ("bin", "idx", *(("mask",) if job.with_mask else ())))
-    print(f"### {job.path} -> {written}: {job.epochs} shuffled, --seed {seed}", flush=True)
-    with ProgressLines(sys.stderr.isatty()) as progress:
-        converted = convert(job, progress.show)
+    print(f"### {job.name} -> {written}: {job.epochs} shuffled, --seed {seed}", flush=True)
+    with _as_jsonl(options, prefix) as path, ProgressLines(sys.stderr.isatty()) as progress:
+        converted = convert(replace(job, path=path), progress.show)
     _print_result(converted, BinidxSource(prefix), load_tokenizer(options.tokenizer), prefix, options.ctx_len)
     return 0
+
+
+@contextlib.contextmanager
+def _as_jsonl(options: argparse.Namespace, prefix: Path) -> Iterator[Path]:
+    """The file itself, or its rows as a jsonl file that is there for a while.
+
+    Each stands in the line of its number, so that messages tell where to look.
+    """
+    if options.file.suffix.lower() not in _TABLES and not options.sft_field:
+        yield options.file
+        return
+    from rwkvpeft.atomic import writing
+    from rwkvpeft.data.huggingface import sft_records
+
+    with contextlib.ExitStack() as stack:
+        with writing(prefix):
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(
+                tempfile.NamedTemporaryFile("w", suffix=".jsonl", dir=prefix.parent, encoding="utf-8")
+            )
+        line = 1
+        for record in sft_records(str(options.file), "train", options.sft_field, options.text_key):
+            # dates and the like are none of a document's parts
+            text = json.dumps(record.value, ensure_ascii=False, default=str)
+            with writing(prefix):
+                file.write("\n" * (record.line - line) + text)
+            line = record.line
+        with writing(prefix):
+            file.flush()
+        yield Path(file.name)
 
 
 def _output_prefix(source: Path, output: Path | None) -> Path:

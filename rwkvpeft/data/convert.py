@@ -48,6 +48,7 @@ class Conversion:
         workers: processes that tokenise; None: one for each processor, if the file is large enough.
         skip_bad: leave bad lines out instead of refusing the file.
         with_mask: write who says each token beside the pair, as ``.mask``.
+        origin: the file that ``path`` was made of line by line, which messages name instead.
     """
 
     path: Path
@@ -59,6 +60,12 @@ class Conversion:
     workers: int | None = None
     skip_bad: bool = False
     with_mask: bool = False
+    origin: Path | None = None
+
+    @property
+    def name(self) -> Path:
+        """The file that messages name."""
+        return self.origin or self.path
 
 
 class Converted(NamedTuple):
@@ -88,7 +95,7 @@ def convert(job: Conversion, report: Callable[[Progress], None]) -> Converted:
         sizes, summary = _fill_spool(job, _Spool(spool, codes, table, spool_path), report)
         if not len(sizes):
             raise UserError(
-                f"{job.path} holds no document",
+                f"{job.name} holds no document",
                 found=f"{summary.lines} lines, {summary.skipped} of them bad",
                 expected="JSON objects, one a line",
             )
@@ -114,7 +121,7 @@ def _fill_spool(
     total = job.path.stat().st_size
     for end, block in tokenised_blocks(job.path, job.tokenizer, job.text_key, job.workers, job.with_mask):
         if block.bad:
-            error = _bad_block(job.path, lines, block.bad)
+            error = _bad_block(job.name, lines, block.bad)
             if not job.skip_bad:
                 raise error
             first_skipped = first_skipped or error.what

@@ -1,0 +1,44 @@
+"""make_data.py on csv and parquet."""
+
+from __future__ import annotations
+
+import pytest
+
+from rwkvpeft.cli.make_data import main
+from rwkvpeft.data.binidx import BinidxSource
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def documents(prefix):
+    source = BinidxSource(prefix)
+    return sorted(bytes(source.read(index).tolist()) for index in range(len(source)))
+
+
+def test_rows_of_csv_become_documents_and_nothing_else_is_left(folder):
+    (folder / "pairs.csv").write_text('query,response\n"Hi,\nyou",yes\nWhat,that\n')
+    words = ["pairs.csv", "1", "8", "--tokenizer", "bytes", "--sft_field", "query", "response"]
+    assert main(words) == 0
+    assert documents("pairs") == [b"User: Hi,\nyou\n\nAssistant: yes\0", b"User: What\n\nAssistant: that\0"]
+    assert {path.name for path in folder.iterdir()} == {"pairs.csv", "pairs.bin", "pairs.idx"}
+
+
+def test_a_bad_row_is_named_by_its_line_of_the_table(folder, capsys):
+    (folder / "texts.csv").write_text('text\n"two\nlines"\n"a\0b"\n')
+    assert main(["texts.csv", "1", "8", "--tokenizer", "bytes"]) == 2
+    assert "texts.csv:4: character 1 of the text is NUL" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["texts.csv"]
+
+
+def test_turns_of_parquet_become_documents(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
+    parquet.write_table(pyarrow.table({"messages": [turns] * 3}), "turns.parquet")
+    assert main(["turns.parquet", "2", "8", "--tokenizer", "bytes", "--mask"]) == 0
+    assert documents("turns") == [b"User: q\n\nAssistant: yes\0"] * 6
