@@ -159,15 +159,21 @@ def _run_lines(shape: ModelShape, config: TrainConfig) -> list[str]:
     batches = _batches(shape, config, devices)
     if batches is None:
         return ["run: one pass over the data in each mini-epoch: --data_file tells how long", _speed_line(config, None)]
-    steps = -(-batches // schedule.accumulate_grad_batches) * schedule.epoch_count
-    tokens = batches * schedule.epoch_count * schedule.micro_bsz * devices * (config.data.ctx_len or 1)
-    # rows of --dataload only are as long as their documents
-    most = "at most " if config.data.dataload == "only" else ""
+    from rwkvpeft.training.fit import run_plan
+
+    run = run_plan(config, batches)
+    tokens = run.total_batches * schedule.micro_bsz * devices * (config.data.ctx_len or 1)
+    most = "at most " if config.data.rows_vary else ""
     return [
-        f"run: {schedule.epoch_count} x {batches:,} batches of {schedule.micro_bsz} rows of {most}"
-        f"{config.data.ctx_len:,} tokens, {steps:,} steps, {most}{tokens:,} tokens",
+        f"run: {run.epoch_count} x {batches:,} batches of {schedule.micro_bsz} rows of {most}"
+        f"{config.data.ctx_len:,} tokens, {run.total_steps:,} steps, {most}{tokens:,} tokens{_chunks(config)}",
         _speed_line(config, tokens),
     ]
+
+
+def _chunks(config: TrainConfig) -> str:
+    long = config.long_context
+    return f", in chunks of {long.chunk_ctx:,} with {long.infctx_grad} gradients" if long.infctx else ""
 
 
 def _batches(shape: ModelShape, config: TrainConfig, devices: int) -> int | None:

@@ -119,7 +119,7 @@ def planned_shape(config: TrainConfig) -> tuple[ModelShape, Quantisation]:
 
 def _new_beginning(config: TrainConfig, first_process: bool) -> Beginning:
     path = Path(config.output.proj_dir) / INITIAL
-    small = config.model.load_model
+    small = config.model.load_model if config.model.load_partial else ""
     written = replace(config.model, load_model=str(path), load_partial=0)
     goes_on = config.schedule.train_stage == 0 and find_point(config.output, _silent) is not None
     if path.is_file() and (goes_on or not first_process):
@@ -144,7 +144,7 @@ def _silent(line: str) -> None:
 
 def _new_shape(config: TrainConfig) -> ModelShape:
     model = config.model
-    if model.load_model:
+    if model.load_partial:
         tensors = MappedTensors(model.load_model)
         refuse_quantised(tensors, model.load_model, "growing")
         typed = {name: getattr(model, name) for name in _SIZES if getattr(model, name) is not None}

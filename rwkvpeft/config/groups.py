@@ -17,13 +17,14 @@ _PROGRAMS = ", ".join(dict.fromkeys(name for row in BACKENDS.values() for name i
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model. Everything its file tells is read from the file; a given value is compared with it."""
+    """The base model. Everything its file tells is read from the file; a given value is compared with it. Without a
+    file a new model of the given sizes is trained from scratch."""
 
-    load_model: str = flag("", help="base checkpoint, a .pth file", metavar="FILE")
+    load_model: str = flag("", help="base checkpoint, a .pth file; 0 or nothing: train from scratch", metavar="FILE")
     my_testing: str | None = flag(None, help="model version; read from the file", choices=("x052", "x060", "x070"))
     n_layer: int | None = flag(None, help="number of blocks; read from the file")
     n_embd: int | None = flag(None, help="width of the residual stream; read from the file", unit="channels")
-    vocab_size: int | None = flag(None, help="number of token ids; read from the file")
+    vocab_size: int | None = flag(None, help="number of token ids; read from the file, of a new model from --tokenizer")
     dim_att: int | None = flag(None, help="width of the time mixing; read from the file", unit="channels")
     dim_ffn: int | None = flag(None, help="width of the channel mixing; read from the file", unit="channels")
     head_size_a: int | None = flag(
@@ -40,7 +41,7 @@ class ModelConfig:
     )
     load_partial: int = flag(
         0,
-        help="1: take from --load_model what fits the typed sizes, even parts of tensors, and draw the rest anew",
+        help="1: grow: put --load_model into a new model of the typed, larger sizes and draw the rest of it",
         choices=("0", "1"),
     )
 
@@ -109,6 +110,11 @@ class DataConfig:
     preview: int = flag(0, help="print this many samples with the trained tokens marked, then exit", unit="samples")
     check: bool = flag(False, help="report what the data hold and what is wrong with them, then exit")
 
+    @property
+    def rows_vary(self) -> bool:
+        """Whether batches may be shorter than ``micro_bsz`` rows of ``ctx_len`` tokens."""
+        return self.dataload in ("only", "pack") or self.length_buckets
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -129,13 +135,15 @@ class ScheduleConfig:
     )
     my_exit: int = flag(99999999, help="stop after this mini-epoch")
     my_exit_tokens: int = flag(
-        0, help="end after this many tokens, which the cosine of the learning rate is then counted by; 0: by steps",
+        0,
+        help="end after this many tokens, which the cosine of the learning rate is then counted by, and write "
+        "rwkv-final.pth; below 0: the rate is the mean of that cosine and of --lr_schedule; 0: by steps",
         unit="tokens",
     )
     train_stage: int = flag(
         0,
-        help="RWKV-LM's stages; 1: write rwkv-init.pth and exit; 2, 3: go on from the newest rwkv-N.pth in proj_dir, "
-        "mini-epochs of 40320 samples; 0: not staged",
+        help="RWKV-LM's stages; 1: write rwkv-init.pth and exit; 2, 3: go on in proj_dir, from its resume point or "
+        "else its newest rwkv-N.pth, in mini-epochs of 40320 rows in the order of --magic_prime; 0: not staged",
         choices=("0", "1", "2", "3"),
         alias="my_pile_stage",
     )

@@ -89,7 +89,7 @@ def _build_parser(shown_settings: Mapping[str, type]) -> _Parser:
     parser = _Parser(
         prog="train.py",
         description="Fine-tune an RWKV v5.2, v6 or v7 language model.",
-        usage="train.py --load_model FILE --data_file FILE [--peft METHOD] [--flag VALUE ...]",
+        usage="train.py [--load_model FILE] --data_file FILE [--peft METHOD] [--flag VALUE ...]",
         formatter_class=HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -37,7 +37,6 @@ def _none(default: object, reason: str, fix: str | None = None, kind: Kind = "te
     return UpstreamFlag(str(default), reason, fix, kind)
 
 
-_NO_PILE = "RWKV-LM's staged pre-training is not available yet"
 _NO_TRICK = "an experiment of early RWKV versions that v5, v6 and v7 models do not have"
 
 FLAGS: dict[str, UpstreamFlag] = {
@@ -78,9 +77,9 @@ FLAGS: dict[str, UpstreamFlag] = {
     "my_ffn_shift": _none(1, _NO_TRICK),
     "my_att_shift": _none(1, _NO_TRICK),
     "my_pos_emb": _none(0, _NO_TRICK),
-    "my_pile_version": _none(1, _NO_PILE),
-    "my_pile_shift": _none(-1, _NO_PILE),
-    "my_pile_edecay": _none(0, _NO_PILE),
+    "my_pile_version": _none(1, "several data sets are given as --data_file a:3,b:1"),
+    "my_pile_shift": _none(-1, "windows always begin at multiples of --ctx_len"),
+    "my_pile_edecay": _none(0, "the rate falls from the end of the warm-up on"),
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {

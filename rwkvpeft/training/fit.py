@@ -90,7 +90,7 @@ def fit(
     _freeze_unread(model)
     precision = config.runtime.precision or "fp32"
     place_model(model, precision)
-    plan = run_plan(config, data, begun)
+    plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), begun)
     essentials = essential_settings(config, recipe, plan)
     point = _resume(model, config, essentials, say)
     progress = _first_progress(config, plan) if point is None else point.progress
@@ -245,10 +245,9 @@ def _stamp(path: Path) -> str:
     return f"{path.name}, {path.stat().st_size} bytes, {fingerprint(path)[:8]}" if path.is_file() else path.name
 
 
-def run_plan(config: TrainConfig, data: TrainingData, begun: int = 0) -> RunPlan:
-    """How long a run with these settings and data is, of which earlier runs have done ``begun`` mini-epochs."""
+def run_plan(config: TrainConfig, epoch_steps: int, begun: int = 0) -> RunPlan:
+    """How long a run is whose mini-epochs have ``epoch_steps`` batches, ``begun`` of them done by earlier runs."""
     schedule = config.schedule
-    epoch_steps = data.steps_for(config.runtime.devices * config.runtime.num_nodes)
     epoch_count = schedule.epoch_count
     last_step = steps_to_tokens(schedule, epoch_steps=epoch_steps, batch_tokens=_batch_tokens(config))
     if last_step is not None:

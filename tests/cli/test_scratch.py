@@ -275,6 +275,9 @@ def test_a_small_model_grows(train, tiny_model, tmp_path):
 
 def test_a_model_without_a_file_is_planned(capsys):
     words = (*NEW, "--vocab_size", 256, "--tokenizer", "bytes", "--ctx_len", CTX, "--micro_bsz", 16)
-    stages = ("--train_stage", 3, "--magic_prime", 29, "--my_exit_tokens", 10**9, "--accelerator", "cpu")
+    stages = ("--train_stage", 3, "--magic_prime", 29, "--my_exit_tokens", 10**6, "--accelerator", "cpu")
     assert plan([str(word) for word in (*words, *stages)]) == 0
-    assert "2 layers, width 32" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "2 layers, width 32" in output
+    # 40320 rows a mini-epoch
+    assert "4 x 2,520 batches of 16 rows of 8 tokens, 7,813 steps, 1,000,064 tokens" in output

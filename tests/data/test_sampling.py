@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkvpeft.data.loader import BatchPlan
 from rwkvpeft.data.sampling import magic_prime_window, permute, random_start, sample_index
 
 # seed 42, two passes over ten samples, as this package has always drawn them
@@ -63,6 +64,21 @@ def test_windows_follow_the_order_of_rwkv_lm(golden):
     for row in json.loads((golden / "sample_order.json").read_text())["rows"]:
         position = row["real_epoch"] * 40320 + row["idx"] * row["world_size"] + row["rank"]
         assert magic_prime_window(position, row["magic_prime"]) * row["ctx_len"] == row["token_offset"]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("micro_bsz", [1, 4])
+def test_the_ranks_of_a_step_together_read_the_windows_rwkv_lms_ranks_read(golden, micro_bsz):
+    for row in json.loads((golden / "sample_order.json").read_text())["rows"]:
+        world_size, prime = row["world_size"], row["magic_prime"]
+        epoch_steps = 40320 // (micro_bsz * world_size)
+        batch = row["real_epoch"] * epoch_steps + row["idx"] // micro_bsz
+        plans = [
+            BatchPlan(micro_bsz=micro_bsz, epoch_steps=epoch_steps, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        windows = {magic_prime_window(position, prime) for plan in plans for position in plan.positions(batch)}
+        assert row["token_offset"] // row["ctx_len"] in windows
 
 
 @pytest.mark.golden
