@@ -201,17 +201,20 @@ def _nothing_trained(dataset: WindowRows | DocumentRows, config: DataConfig) -> 
 
 def _cause(dataset: WindowRows | DocumentRows, config: DataConfig, text: str) -> tuple[str, str]:
     """Why nothing is trained, and what to do."""
-    if config.loss_mask not in ("qa", "se"):
+    if config.loss_mask not in ("qa", "last", "se"):
         return "no document has two tokens", "longer documents"
     source = dataset.source
     for document in range(min(len(source), _DIAGNOSED_DOCUMENTS)):
         size = int(source.sizes[document])
         targets = dataset.rule.weights(source, document, size)[1:]
         if targets.any():
-            place = f"document {document}, token {int(targets.argmax()) + 1} of {size}"
+            place = f"document {document}, token {int((targets > 0).argmax()) + 1} of {size}"
             return f"the first trained token lies beyond --ctx_len {dataset.ctx_len} ({place})", f"--ctx_len {size - 1}"
     if config.loss_mask == "se":
         return f"no document holds the text {config.mask_id['mask0']!r}", "--mask_id with the texts of your data"
+    spoken = source.spoken(0)
+    if spoken is not None and any(voice.is_answer for voice in spoken.voices):
+        return "no assistant's turn has words of a weight above 0", 'turns without "train": false and "weight": 0'
     if re.search(r"\nAssistant:", text):
         return "a turn begins after a blank line, and here after a single newline", "a blank line before each turn"
     return (

@@ -245,3 +245,18 @@ def test_a_dataset_survives_the_way_to_a_worker(jsonl, dataload):
     dataset = open_rows(replace(config, tokenizer="world"), ctx_len=4)
     copy = pickle.loads(pickle.dumps(dataset))
     assert all((left == right).all() for left, right in zip(copy.sample(1)[:3], dataset.sample(1)[:3], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        ({"messages": [{"role": "assistant", "content": "a", "train": False}]}, "a weight above 0"),
+        ({"text": "User: a"}, 'no document has "Assistant:"'),
+    ],
+)
+def test_what_leaves_nothing_to_train_is_told(tmp_path, record, cause):
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    path = str(tmp_path / "in.jsonl")
+    config = DataConfig(data_file=path, data_type="jsonl", tokenizer="bytes", loss_mask="last")
+    with pytest.raises(UserError, match=cause):
+        open_dataset(config, ctx_len=64, vocab_size=256, seed=0)
