@@ -21,7 +21,7 @@ from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.checkpoints.files import fingerprint
 from rwkvpeft.config.data_files import data_files
-from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.groups import DataConfig, TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.build import build_objective
@@ -176,8 +176,9 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
     return {
         "base model": recipe.base_fingerprint,
         "data": _data_stamp(data.data_file),
-        **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_id", "data_shuffle",
-                                                  "length_buckets",
+        "masks": _mask_stamps(data),
+        **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_think", "mask_id",
+                                                  "data_shuffle", "length_buckets",
                                                   "tokenizer", "text_key", "data_type",
                                                   "sft_field", "sft_split", "my_sample_len", "magic_prime")},
         "epoch_steps": plan.epoch_steps,
@@ -238,6 +239,14 @@ def _file_stamp(data_file: str) -> str:
         if path.is_file():
             return _stamp(path)
     return data_file
+
+
+def _mask_stamps(data: DataConfig) -> list[str]:
+    """The masks beside binidx that the run goes by."""
+    if data.loss_mask not in ("qa", "last") and not data.mask_think:
+        return []
+    masks = (Path(f"{part.path}.mask") for part in (data_files(data.data_file) if data.data_file else ()))
+    return [_stamp(mask) for mask in masks if mask.is_file()]
 
 
 def _stamp(path: Path) -> str:
