@@ -8,6 +8,7 @@ Source: RWKV-LM, ``RWKV-v4neo/src/dataset.py``, which reads ``uint16`` in rows o
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,12 @@ _LARGEST_DOCUMENT = np.iinfo(np.int32).max
 class ArraySource(TokenSource):
     """Tokens (n_tokens,) end to end, or (rows, tokens); a file is mapped, not read, where its format allows it."""
 
-    def __init__(self, name: str, tokens: Tokens) -> None:
-        """Raises: UserError if the array is empty, holds no whole numbers or has more than two axes."""
+    def __init__(self, config: DataConfig, tokens: Tokens, reopen: Callable[[DataConfig], ArraySource]) -> None:
+        """Args: ``reopen`` makes the same source of ``config`` again.
+
+        Raises: UserError if the array is empty, holds no whole numbers or has more than two axes.
+        """
+        name = config.data_file
         if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
             raise UserError(
                 f"{name} is no array of tokens",
@@ -35,6 +40,7 @@ class ArraySource(TokenSource):
                 expected="whole numbers, (tokens,) or (documents, tokens)",
             )
         self.name = name
+        self._again = reopen, (config,)
         if tokens.ndim == 2:
             rows, length = tokens.shape
             ends = np.arange(1, rows + 1, dtype=np.int64) * length
@@ -44,6 +50,10 @@ class ArraySource(TokenSource):
         self.stream = np.asarray(tokens).reshape(-1)
         self.sizes = np.diff(ends, prepend=0).astype(np.int32)
         self.starts = ends - self.sizes
+
+    def __reduce__(self) -> tuple[Callable[[DataConfig], ArraySource], tuple[DataConfig]]:
+        # a memory map would be pickled as a copy of the file
+        return self._again
 
 
 def open_numpy(config: DataConfig) -> ArraySource:
@@ -56,11 +66,11 @@ def open_numpy(config: DataConfig) -> ArraySource:
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return ArraySource(str(path), loaded)
+            return ArraySource(config, loaded, open_numpy)
         with loaded as arrays:
             if len(arrays.files) != 1:
                 raise UserError(f"{path} holds several arrays", found=arrays.files, expected="one, the tokens")
-            return ArraySource(str(path), arrays[arrays.files[0]])
+            return ArraySource(config, arrays[arrays.files[0]], open_numpy)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as reason:
         raise UserError(f"{path} is not an array of numpy", found=str(reason).splitlines()[0],
                         expected="what numpy.save or numpy.savez wrote, without Python objects") from reason
@@ -80,7 +90,9 @@ def open_uint16(config: DataConfig) -> ArraySource:
         raise UserError(f"{path} does not hold whole {'rows' if config.my_sample_len else 'tokens'}",
                         found=f"{size} bytes", expected=f"a multiple of {rows}")
     tokens: Tokens = np.memmap(path, dtype="<u2", mode="r")
-    return ArraySource(str(path), tokens.reshape(-1, config.my_sample_len) if config.my_sample_len else tokens)
+    return ArraySource(
+        config, tokens.reshape(-1, config.my_sample_len) if config.my_sample_len else tokens, open_uint16
+    )
 
 
 def _ends(tokens: Tokens) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -131,6 +132,14 @@ def test_uint16_tokens_are_mapped_in_documents_or_in_rows_of_one_length(tmp_path
     assert [rows.read(index).tolist() for index in range(3)] == [[5, 6, 0], [7, 0, 8], [9, 10, 65535]]
     with pytest.raises(UserError, match="whole rows"):
         open_uint16(DataConfig(data_file=str(path), my_sample_len=4))
+
+
+def test_a_mapped_source_travels_to_a_worker_without_its_tokens(tmp_path):
+    np.arange(50_000, dtype="<u2").tofile(tmp_path / "data.u16")
+    source = open_uint16(DataConfig(data_file=str(tmp_path / "data.u16"), my_sample_len=50))
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000
+    assert pickle.loads(sent).read(999).tolist() == source.read(999).tolist()
 
 
 def test_half_a_token_is_refused(tmp_path):
