@@ -259,9 +259,8 @@ def _expect_levels(base: Base, config: TrainConfig, programs: Programs) -> dict[
 
 
 def with_longest_row(config: TrainConfig, longest: int) -> TrainConfig:
-    """The settings of a run all of whose rows are as long as the longest document, which some row will be."""
-    assert config.data.ctx_len is not None
-    data = replace(config.data, dataload="pad", ctx_len=min(config.data.ctx_len, longest))
+    """The settings of a run all of whose rows are as long as its longest one."""
+    data = replace(config.data, dataload="pad", length_buckets=False, ctx_len=longest)
     return replace(config, data=data)
 
 

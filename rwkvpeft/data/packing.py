@@ -191,6 +191,12 @@ class PackedRows(RowDataset):
         """See ``RowDataset``."""
         return self._first_pass
 
+    @property
+    def longest_row(self) -> int:
+        """See ``RowDataset``."""
+        filled = np.add.reduceat(self.documents.lengths[self._all.documents], self._all.starts[:-1])
+        return int(filled.max())
+
     def row(self, index: int) -> Row:
         """Row ``index`` of those that hold all documents once, tightly."""
         return self._join(self._all.row(index))

@@ -48,7 +48,7 @@ def least_need(
     make_adapter: MakeAdapter,
     packed: Quantisation = UNPACKED,
 ) -> Least:
-    """A lower bound of what a run needs. Rows of ``--dataload only`` may be short and count as one token.
+    """A lower bound of what a run needs. Rows that may be short count as one token.
 
     Args:
         packed: how the base's own file stores its large linears.
@@ -56,7 +56,7 @@ def least_need(
     """
     counts = counts_of(shape, config, make_adapter, packed)
     numbers = DTYPES[config.runtime.precision or "fp32"].itemsize
-    tokens = 1 if config.data.dataload == "only" else config.data.ctx_len or 1
+    tokens = 1 if config.data.rows_vary else config.data.ctx_len or 1
     rows = config.schedule.micro_bsz * tokens
     kept = counts.layers * _KEPT_PER_BLOCK[config.runtime.grad_cp]
     return Least(
