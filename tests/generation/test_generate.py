@@ -13,6 +13,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.generation.chat import Chat
 from rwkvpeft.generation.generate import StopGate, TextGenerator
 from rwkvpeft.generation.sampling import Sampler, SamplingConfig
+from rwkvpeft.models.shape import new_shape
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -25,7 +26,7 @@ class Script:
 
     def __init__(self, *answers: bytes, vocab_size: int = 256):
         self.answers = list(answers)
-        self.shape = SimpleNamespace(vocab_size=vocab_size)
+        self.shape = new_shape("x070", n_layer=1, n_embd=8, vocab_size=vocab_size)
         self.emb = SimpleNamespace(weight=torch.zeros(1))
         self.head = torch.nn.Identity()
         self.calls: list[int] = []
