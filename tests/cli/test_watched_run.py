@@ -1,0 +1,99 @@
+"""Runs of the train command that are watched: what is held out, answered, kept and reported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rwkvpeft.checkpoints.adapter import load_recipe
+
+LORA = ("--peft", "lora", "--peft_config", '{"r": 2}', "--loss_mask", "qa", "--sample_tokens", "4")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    record = {"messages": [{"role": "user", "content": "Who barks?"}, {"role": "assistant", "content": "A dog."}]}
+    path.write_text("\n".join([json.dumps("What is red?"), json.dumps({"prompt": "Two?"}), json.dumps(record)]))
+    return path
+
+
+def records(tmp_path, name):
+    return [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+
+
+def test_a_watched_run_leaves_evaluations_answers_the_best_checkpoint_and_a_report(train, tmp_path, prompts):
+    text = tmp_path / "general.txt"
+    text.write_text("Text of quite another kind. " * 4)
+    code, out, errors = train(
+        *LORA, "--val_split", 2, "--val_steps", 1, "--sample_prompts", prompts, "--general_data_file", text,
+        "--general_alarm", 0,
+    )
+    assert code == 0, errors
+    found = records(tmp_path, "val_data.jsonl")
+    assert [line["step"] for line in found] == [0, 1, 2]
+    answers = records(tmp_path, "samples.jsonl")
+    assert [(line["step"], line["prompt"]) for line in answers[:3]] == [
+        (0, "What is red?"), (0, "Two?"), (0, "Who barks?"),
+    ]
+    assert len(answers) == 9
+    assert answers[2]["expected"] == "A dog."
+    best = load_recipe(tmp_path / "out" / "rwkv-best.pth")
+    assert best.val_loss == min(line["val_loss"] for line in found[1:])
+    assert "held-out loss: base" in out
+    report = (tmp_path / "out" / "report.md").read_text()
+    for part in ("## Evaluations", "## Answers", "Who barks?", "`--val_split`", "Forgetting", "| torch |"):
+        assert part in report
+
+
+def test_without_prompts_those_of_held_out_conversations_are_asked_before_and_after(train, tmp_path, jsonl_file):
+    code, _, errors = train(*LORA, "--val_data_file", jsonl_file)
+    assert code == 0, errors
+    answers = records(tmp_path, "samples.jsonl")
+    assert [line["step"] for line in answers] == [0, 0, 0, 2, 2, 2]
+    assert (answers[0]["prompt"], answers[0]["expected"]) == ("What is red?", "A colour.")
+
+
+def test_a_run_that_is_not_watched_has_a_report_all_the_same_and_none_when_told_so(train, tmp_path):
+    assert train("--report", "false")[0] == 0
+    assert not (tmp_path / "out" / "report.md").exists()
+    code, out, _ = train("--resume", "none")
+    assert code == 0
+    assert f"report    {tmp_path}/out/report.md" in out
+    assert not (tmp_path / "out" / "val_data.jsonl").exists()
+
+
+def test_without_matplotlib_the_report_has_tables_only(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkvpeft.cli.run_report.find_spec", lambda name: None)
+    assert train()[0] == 0
+    assert "pip install 'rwkvpeft[plot]'" in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out" / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--early_stop", "2"), "--early_stop needs held-out data"),
+        (("--val_steps", "2"), "--val_steps has nothing to evaluate"),
+        (("--val_split", "2.5"), "--val_split above 1 is a number of documents"),
+        (("--val_split", "0.1", "--val_data_file", "x.jsonl"), "both say what is held out"),
+        (("--val_data_file", "gone.jsonl"), "--val_data_file: a file is missing"),
+        (("--sample_prompts", "gone.jsonl"), "--sample_prompts names a file that does not exist"),
+        (("--general_data_file", "gone.jsonl"), "--general_data_file: a file is missing"),
+        (("--sample_tokens", "0"), "--sample_tokens is too small"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_anything_is_written(train, tmp_path, words, message):
+    code, _, errors = train(*words)
+    assert code == 2
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_that_is_no_prompt_is_named(train, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"Fine?"\n\n7\n')
+    code, _, errors = train("--sample_prompts", path)
+    assert code == 2
+    assert f"{path}:3: this is no prompt" in errors
