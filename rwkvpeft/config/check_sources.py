@@ -86,6 +86,8 @@ def _check_text(data: DataConfig, kind: str, findings: Findings) -> None:
         f"--loss_mask {data.loss_mask} needs documents, and --data_type {kind} is one text",
         fix="a jsonl file, or --loss_mask none",
     )
+    findings.check(not data.mask_think, f"--mask_think needs documents, and --data_type {kind} is one text",
+                   fix="a jsonl file")
     findings.check(
         kind != "dummy" or data.data_file == _DUMMY,
         "--data_type dummy makes its own data and reads no file",

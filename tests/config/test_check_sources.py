@@ -83,6 +83,7 @@ def test_tables_are_known_by_their_names(path, data_type, expected):
     [
         ({"data_type": "dummy", "dataload": "pad"}, "--dataload pad would read the beginning alone"),
         ({"data_type": "dummy", "dataload": "get", "loss_mask": "qa"}, "--loss_mask qa needs documents"),
+        ({"data_type": "dummy", "dataload": "get", "mask_think": True}, "--mask_think needs documents"),
         ({"data_type": "dummy", "dataload": "get", "data_file": "x"}, "makes its own data"),
         ({"data_type": "dummy", "dataload": "get", "sft_field": ["a"]}, "--sft_field has no effect"),
         ({"data_type": "dummy", "dataload": "get", "sft_split": "test"}, "--sft_split has no effect"),
