@@ -14,6 +14,7 @@ from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
 from rwkvpeft.checkpoints.quantised import Quantisation, Quantiser
 from rwkvpeft.config.groups import (
     DataConfig,
+    LongContextConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
@@ -42,7 +43,7 @@ from rwkvpeft.memory import (
 )
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
-from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.ops.wkv7.chunked import wkv7
 from rwkvpeft.registry import ADAPTERS, BACKENDS, BLOCK_OPS, MODELS, find
 
@@ -100,7 +101,7 @@ def measured_step(model, settings):
     ids = torch.randint(1, model.shape.vocab_size, (rows, tokens + 1))
     batch = TokenBatch(ids[:, :-1], ids[:, 1:], torch.ones(rows, tokens), torch.tensor(float(rows * tokens)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        LanguageModelling(1e-4)(model, batch).total.backward()
+        build_objective(settings, compact=True, rows="torch")(model, batch).total.backward()
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     alive = worst = 0
     for event in events:
@@ -146,11 +147,50 @@ def test_the_expected_peak_of_a_step_is_the_measured_one(peft, quant, precision,
     assert need.gradients + need.activations == pytest.approx(measured_step(model, settings), rel=0.06)
 
 
+def in_chunks(settings, grad, chunk=64):
+    return replace(settings, long_context=LongContextConfig(infctx=True, chunk_ctx=chunk, infctx_grad=grad))
+
+
+@pytest.mark.parametrize("grad", ["truncated", "exact"])
+@pytest.mark.parametrize(("peft", "grad_cp"), [("none", "0"), ("none", "1"), ("lora", "0"), ("state", "0")])
+def test_the_expected_peak_of_a_step_in_chunks_is_the_measured_one(peft, grad_cp, grad):
+    settings = in_chunks(config(peft, micro_bsz=1, ctx_len=6 * 64 - 7, precision="fp32", grad_cp=grad_cp), grad)
+    need = expected(SMALL, settings)
+    measured = measured_step(real_model(SMALL, settings), settings)
+    assert need.gradients + need.activations == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("grad", ["truncated", "exact"])
+def test_further_chunks_need_no_more_than_the_states_between_them(grad):
+    few, many = (expected(SMALL, in_chunks(config("lora", ctx_len=length), grad)).total for length in (1024, 65536))
+    states = 4 * 4 * (2 * 128 * 2 + 2 * 64 * 64 * 4) * (1024 - 16)
+    assert many - few == (states if grad == "exact" else 0)
+
+
+@pytest.mark.parametrize("grad", ["truncated", "exact"])
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_the_least_of_a_run_in_chunks_is_never_more_than_the_expected(peft, grad):
+    settings = in_chunks(config(peft, ctx_len=4096, grad_cp="1"), grad)
+    assert least(SMALL, settings).total <= expected(SMALL, settings).total
+
+
+def test_a_run_that_cannot_fit_may_be_cut_into_chunks():
+    settings = config("lora", micro_bsz=1, quant="nf4", grad_cp="1", ctx_len=4096)
+    assert ways_out(settings) == ["--infctx --infctx_grad exact", "--ctx_len 512"]
+    assert ways_out(in_chunks(settings, "exact", chunk=512)) == ["--chunk_ctx 256"]
+    packed = replace(settings, data=replace(settings.data, dataload="pack"))
+    assert ways_out(packed) == ["--ctx_len 512"]
+
+
 @pytest.mark.parametrize("peft", ["none", "lora", "state"])
 @pytest.mark.parametrize("grad_cp", LEVELS)
-def test_a_deep_model_is_expected_to_need_what_running_all_its_blocks_says(monkeypatch, peft, grad_cp):
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_a_deep_model_is_expected_to_need_what_running_all_its_blocks_says(monkeypatch, peft, grad_cp, chunk):
+    if chunk and grad_cp != "1":
+        pytest.skip("one level is enough for chunks")
     shape = replace(SMALL, n_layer=7)
     settings = config(peft, ctx_len=96, grad_cp=grad_cp, accumulate=2)
+    settings = in_chunks(settings, "exact", chunk) if chunk else settings
     continued = expected(shape, settings)
     for module in ("expected", "outline"):
         monkeypatch.setattr(f"rwkvpeft.memory.{module}.FEW", 10)

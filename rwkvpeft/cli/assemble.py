@@ -145,7 +145,7 @@ def choose_programs(shape: ModelShape, config: TrainConfig) -> tuple[Chosen, lis
         head_size=shape.head_size,
         training=True,
         batch=config.schedule.micro_bsz,
-        tokens=config.data.ctx_len or 0,
+        tokens=config.tokens_at_once,
         heads=shape.n_head,
     )
     bench = Bench.of(device) if device.type == "cuda" else None

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.base import Objective
+from rwkvpeft.objectives.long_context import LongContext
 from rwkvpeft.ops.opaque import BODIES
 
 
@@ -34,10 +35,11 @@ def run_step(model: Rwkv, objective: Objective, rows: int, tokens: int, *, accum
         rows, tokens: of the micro-batch.
         accumulates: whether gradients of earlier micro-batches are there already.
     Returns: the worst moment of each phase: ``forward`` (with the loss), ``last block`` (until its backward pass is
-        over) and ``backward`` (of all others).
+        over) and ``backward`` (of all others); of all chunks, if the objective works in chunks.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tally = _Tally([*model.parameters(), *model.buffers()])
+    gathered = sum(parameter.nbytes for parameter in trained) if isinstance(objective, LongContext) else 0
     with tally:
         if accumulates:
             for parameter in trained:
@@ -46,13 +48,13 @@ def run_step(model: Rwkv, objective: Objective, rows: int, tokens: int, *, accum
         else:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(tally.add_gradient)
+        model.emb.register_forward_pre_hook(lambda *_: tally.begin(gathered))
+        model.ln_out.register_forward_hook(tally.watch_output)
         model.blocks[-1].register_forward_pre_hook(tally.watch_input)
         ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
         weights = torch.empty(rows, tokens, device="meta")
         batch = TokenBatch(ids, ids, weights, weights.sum())
-        total = objective(model, batch, batch.step_weight).total
-        tally.phase = "last block"
-        total.backward()
+        objective(model, batch, batch.step_weight).total.backward()
     return tally.worst
 
 
@@ -77,6 +79,7 @@ class _Tally(TorchDispatchMode):
         super().__init__()
         self.alive = 0
         self.gradients = 0
+        self._gathered = 0
         self.phase = "forward"
         self.worst: dict[str, Moment] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in at_rest}
@@ -112,6 +115,21 @@ class _Tally(TorchDispatchMode):
     def add_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.gradients += parameter.grad.nbytes
+
+    def begin(self, gathered: int) -> None:
+        """Tokens are read, by a chunk if not the first time: it finds ``gathered`` bytes of gradients of others."""
+        if self.phase != "forward":
+            self.phase = "forward"
+            self.gradients += gathered - self._gathered
+            self._gathered = gathered
+
+    def watch_output(self, norm: nn.Module, inputs: tuple[Any, ...], hidden: Tensor) -> None:
+        """The gradient of what the blocks give marks the begin of their backward pass."""
+        if hidden.requires_grad:
+            hidden.register_hook(self._enter_last_block)
+
+    def _enter_last_block(self, gradient: Tensor) -> None:
+        self.phase = "last block"
 
     def watch_input(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The gradient of the last block's input marks the end of its backward pass."""

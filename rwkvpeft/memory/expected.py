@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.memory.chunks import bytes_of_states
 from rwkvpeft.memory.dry_run import Moment, run_step
 from rwkvpeft.memory.outline import (
     FEW,
@@ -26,10 +27,11 @@ from rwkvpeft.memory.outline import (
 )
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
-from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.registry import OPTIMIZERS, find
 
 _CPU_LOGIT_ROWS = 256
+_CHUNKS_RUN = 3
 
 
 class Expected(NamedTuple):
@@ -103,8 +105,13 @@ def moment_bytes(optim: str) -> int:
 
 def _step(model: Rwkv, config: TrainConfig) -> dict[str, Moment]:
     on_cpu = config.runtime.accelerator == "cpu"
-    objective = LanguageModelling(config.optimizer.logit_penalty, _CPU_LOGIT_ROWS if on_cpu else None)
+    chunk_rows = _CPU_LOGIT_ROWS if on_cpu else None
+    objective = build_objective(config, compact=True, rows="auto", chunk_rows=chunk_rows)
     schedule = config.schedule
     accumulates = schedule.accumulate_grad_batches > 1
+    # one chunk is like the other: the further ones of a row only add the states before them
+    tokens = min(config.data.ctx_len or 1, _CHUNKS_RUN * config.tokens_at_once)
     with without_values(config):
-        return run_step(model, objective, schedule.micro_bsz, config.data.ctx_len or 1, accumulates=accumulates)
+        moments = run_step(model, objective, schedule.micro_bsz, tokens, accumulates=accumulates)
+    more = bytes_of_states(model.shape, config, beyond=_CHUNKS_RUN)
+    return {phase: Moment(moment.bytes + more, moment.gradients) for phase, moment in moments.items()}

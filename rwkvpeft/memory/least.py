@@ -12,6 +12,7 @@ import torch
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.memory.chunks import bytes_of_states
 from rwkvpeft.memory.machine import total_memory
 from rwkvpeft.memory.outline import DTYPES, UNPACKED, MakeAdapter, NoOutline, counts_of
 from rwkvpeft.models.shape import ModelShape
@@ -21,6 +22,7 @@ _LOGIT_ROWS = 256
 # (B, T, C) tensors a block keeps for its backward pass, however well its parts are written, by --grad_cp
 _KEPT_PER_BLOCK = {"0": 12, "selective": 8, "1": 1, "auto": 1}
 _SHORT_CONTEXT = 512
+_SHORT_CHUNK = 256
 
 
 class Least(NamedTuple):
@@ -56,14 +58,15 @@ def least_need(
     """
     counts = counts_of(shape, config, make_adapter, packed)
     numbers = DTYPES[config.runtime.precision or "fp32"].itemsize
-    tokens = 1 if config.data.rows_vary else config.data.ctx_len or 1
-    rows = config.schedule.micro_bsz * tokens
+    varies = config.data.rows_vary
+    rows = config.schedule.micro_bsz * (1 if varies else config.tokens_at_once)
+    states = 0 if varies else bytes_of_states(shape, config, beyond=2)
     kept = counts.layers * _KEPT_PER_BLOCK[config.runtime.grad_cp]
     return Least(
         weights=counts.frozen_bytes + 4 * counts.trained,
         optimizer=counts.trained * find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
         gradients=4 * counts.trained,
-        activations=kept * rows * shape.n_embd * numbers,
+        activations=kept * rows * shape.n_embd * numbers + states,
         logits=min(_LOGIT_ROWS, rows) * shape.vocab_size * numbers,
     )
 
@@ -114,14 +117,23 @@ def ways_out(config: TrainConfig, need: Least | None = None) -> list[str]:
         ways.append("--grad_cp 1")
     if runtime.precision in ("fp32", "tf32") and method.peft != "none":
         ways.append("--precision bf16")
-    if (config.data.ctx_len or 0) > _SHORT_CONTEXT:
-        ways.append(f"--ctx_len {_SHORT_CONTEXT}")
+    ways += _shorter(config)
     weights_first = need is not None and need.total - need.activations - need.logits > need.activations
     if method.peft == "none":
         ways.insert(0 if weights_first else len(ways), "--peft lora")
     elif method.quant == "none":
         ways.insert(0 if weights_first else len(ways), "--quant nf4")
     return ways
+
+
+def _shorter(config: TrainConfig) -> list[str]:
+    long, length = config.long_context, config.data.ctx_len or 0
+    if long.infctx and length > long.chunk_ctx > _SHORT_CHUNK:
+        return [f"--chunk_ctx {_SHORT_CHUNK}"]
+    if length <= _SHORT_CONTEXT:
+        return []
+    chunks = config.data.dataload == "pack" or config.runtime.cuda_graph or config.model.head_qk or long.infctx
+    return [*([] if chunks else ["--infctx --infctx_grad exact"]), f"--ctx_len {_SHORT_CONTEXT}"]
 
 
 def _gb(count: int) -> str:

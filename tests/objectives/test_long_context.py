@@ -195,6 +195,19 @@ def test_truncated_gradients_are_those_of_states_cut_off_by_hand(version, method
     check_same(outcome(model, LongContext(PER_TOKEN, 4, late=late), batch), expected, 1e-10)
 
 
+def test_late_truncated_gradients_in_fp16_are_saved_by_the_scale():
+    batch, settings = batch_of(11), {"normaliser": torch.tensor(1e8), "scale": 2.0**23}
+    _, expected = outcome(new_model("x070"), LongContext(PER_TOKEN, 4), batch, **settings)
+    coarse = new_model("x070", dtype=torch.float16)
+
+    def error(late):
+        _, found = outcome(coarse, LongContext(PER_TOKEN, 4, late=late), batch, **settings)
+        return max((found[name] - expected[name]).norm() / expected[name].norm() for name in expected)
+
+    assert error(late=True) < 0.05
+    assert error(late=False) > 0.3
+
+
 def test_truncated_and_exact_gradients_differ():
     model, batch = model_of("x070", "none", torch.float64), batch_of(11)
     _, cut = outcome(model, LongContext(PER_TOKEN, 4), batch)
