@@ -39,6 +39,12 @@ def _check_new_model(config: TrainConfig, findings: Findings) -> None:
     _check_method("a model that begins with random weights", config.method, findings)
     if model.load_partial and not model.load_model:
         findings.add("--load_partial 1 has no effect without a checkpoint to take from", fix="--load_model FILE")
+    findings.check(
+        bool(model.load_partial) or not model.load_model,
+        "--train_stage 1 draws new weights, so --load_model has no effect with --load_partial 0",
+        found=model.load_model,
+        fix="--load_partial 1 to grow that model, or leave --load_model out",
+    )
     if not model.load_model:
         missing = [f"--{name}" for name in _SIZES if not getattr(model, name)]
         findings.check(

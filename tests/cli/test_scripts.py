@@ -70,7 +70,7 @@ def resolved(words):
 
 
 def test_every_script_of_a_method_is_tested_here():
-    tested = {*TRAIN, *MERGE, "quickstart.sh", "setup.sh", "method.sh", "test.sh"}
+    tested = {*TRAIN, *MERGE, "pretrain.sh", "quickstart.sh", "setup.sh", "method.sh", "test.sh"}
     assert {path.name for path in (ROOT / "scripts").glob("*.sh")} == tested
 
 
@@ -89,6 +89,13 @@ def test_a_script_takes_another_model_and_data(script, command_line):
     config = resolved(command_line(script, load_model="m.pth", data_file="d", n_layer="24", tokenizer="world"))
     assert (config.model.load_model, config.data.data_file) == ("m.pth", "d")
     assert (config.model.n_layer, config.data.tokenizer) == (24, "world")
+
+
+def test_the_pre_training_script_ends_by_tokens_in_stage_3(command_line, tmp_path):
+    config = resolved(command_line("pretrain.sh", data_file="d", magic_prime="5", proj_dir=str(tmp_path / "out")))
+    assert (config.schedule.train_stage, config.data.dataload, config.data.magic_prime) == (3, "get", 5)
+    assert config.schedule.epoch_steps * config.schedule.micro_bsz == 40320
+    assert config.schedule.my_exit_tokens == 400000
 
 
 def test_the_quantised_scripts_quantise(command_line):
