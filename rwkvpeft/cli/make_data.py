@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkvpeft.cli.guard import guarded
+from rwkvpeft.config.data_files import format_of
 from rwkvpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ Each line of IN.jsonl is one JSON object, in one of these layouts:
 
 The lines are shuffled once for each epoch. With the same --seed the files come out the same, byte for byte.
 """
-_TABLES = (".csv", ".parquet")
 _PREVIEW_TOKENS = 100
 _EXIT_TERMINATED = 143
 
@@ -132,7 +132,7 @@ def _as_jsonl(options: argparse.Namespace, prefix: Path) -> Iterator[Path]:
 
     Each stands in the line of its number, so that messages tell where to look.
     """
-    if options.file.suffix.lower() not in _TABLES and not options.sft_field:
+    if format_of(str(options.file), "jsonl") != "sft" and not options.sft_field:
         yield options.file
         return
     from rwkvpeft.atomic import writing

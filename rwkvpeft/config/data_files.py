@@ -52,8 +52,18 @@ def format_of(path: str, data_type: str) -> str:
     suffix = Path(path).suffix.lower()
     if suffix in _TABLES:
         return "sft"
-    named_jsonl = suffix == ".jsonl" or (suffix == ".json" and data_type == "binidx")
-    return "jsonl" if named_jsonl and data_type != "sft" else data_type
+    if suffix == ".json" and data_type in ("binidx", "jsonl"):
+        return "sft" if is_json_list(path) else "jsonl"
+    return "jsonl" if suffix == ".jsonl" and data_type != "sft" else data_type
+
+
+def is_json_list(path: str | Path) -> bool:
+    """Whether a file is one JSON list of records, and not one record a line; False if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except OSError:
+        return False
 
 
 def without_suffix(data_file: str) -> str:

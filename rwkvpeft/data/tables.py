@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkvpeft.config.data_files import is_json_list
 from rwkvpeft.data.jsonl import Record, read_records, require_readable
 from rwkvpeft.errors import UserError
 
@@ -35,7 +36,7 @@ def read_table(path: str | Path) -> Iterator[Record]:
     elif suffix == ".parquet":
         rows = _parquet_rows(path)
     else:
-        rows = _listed_rows(path) if suffix == ".json" and _is_list(path) else read_records(path)
+        rows = _listed_rows(path) if suffix == ".json" and is_json_list(path) else read_records(path)
     return _some(rows, path)
 
 
@@ -93,11 +94,6 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as reason:
         found = str(reason).splitlines()[0]
         raise UserError(f"{path} cannot be read as parquet", found=found, fix="copy the file again") from reason
-
-
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _listed_rows(path: Path) -> Iterator[Record]:

@@ -78,6 +78,15 @@ def test_tables_are_known_by_their_names(path, data_type, expected):
     assert format_of(path, data_type) == expected
 
 
+def test_a_json_file_is_a_list_or_lines(tmp_path):
+    (tmp_path / "list.json").write_text('\n [{"text": "a"}]')
+    (tmp_path / "lines.json").write_text('{"text": "a"}')
+    for data_type in ("binidx", "jsonl"):
+        assert format_of(str(tmp_path / "list.json"), data_type) == "sft"
+        assert format_of(str(tmp_path / "lines.json"), data_type) == "jsonl"
+    assert format_of("nowhere.json", "jsonl") == "jsonl"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
