@@ -48,7 +48,7 @@ _COLUMNS = {
     "reject": "reject",
 }
 _TRUTHS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
-_PART = re.compile(r"(att|ffn)(\.\w+)?|ln[012]")
+_PART = re.compile(r"(att|ffn|ffnPre)(\.\w+)?|ln[012]")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def why_not(runtime: RuntimeConfig, data: DataConfig, model: nn.Module, device_t
     if data.dataload == "pack" or data.length_buckets:
         return f"batches of {'--length_buckets' if data.length_buckets else '--dataload pack'} differ in shape"
     if draws_random_numbers(model):
-        return "dropout, or a layer of another package, draws random numbers"
+        return "dropout, noise or a layer of another package draws random numbers"
     return None
 
 
