@@ -16,8 +16,9 @@ from rwkvpeft.data.layouts import RecordError, as_text, read_turns
 from rwkvpeft.data.template import Segment, answer_spans, render, split_text
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from rwkvpeft.data.voices import VoiceTable
+from rwkvpeft.errors import UserError
 
-__all__ = ["RecordError", "Segment", "answer_spans", "document_text", "segments", "tokenise"]
+__all__ = ["RecordError", "Segment", "answer_spans", "document_text", "require_end", "segments", "tokenise"]
 
 
 def document_text(record: Mapping[str, Any], text_key: str = "text") -> str:
@@ -43,6 +44,16 @@ def segments(record: Mapping[str, Any], text_key: str = "text") -> list[Segment]
     if text_key in record:
         return split_text(as_text(record[text_key], f'field "{text_key}"'))
     return render(read_turns(record, text_key))
+
+
+def require_end(tokenizer: Tokenizer) -> None:
+    """Refuse a vocabulary of characters, in which nothing is left to end a document with. Raises: UserError."""
+    # in utf-16le, where 0 is also half of a letter, the last 0 still tells the end
+    if tokenizer.end_token is None and tokenizer.encoding == "utf-8":
+        raise UserError(
+            f"--tokenizer {tokenizer.name} has a token for each character and none for the end of a document",
+            fix="--data_type utf-8 for one long text, or --tokenizer world",
+        )
 
 
 def tokenise(

@@ -159,30 +159,33 @@ def _chat(turns: object, field: str) -> list[Turn]:
     return [_turn(turn, f'turn {number} of "{field}"', field) for number, turn in enumerate(turns, start=1)]
 
 
-def _turn(turn: object, place: str, field: str) -> Turn:
-    role_key, text_key = ("from", "value") if field == "conversations" else ("role", "content")
-    if isinstance(turn, Mapping) and role_key not in turn:
-        # either way of naming is met under either field
-        role_key, text_key = next((p for p in (("role", "content"), ("from", "value")) if p[0] in turn),
-                                  (role_key, text_key))
-    if not isinstance(turn, Mapping) or role_key not in turn or (text_key not in turn and not _speaks(turn)):
-        found = ", ".join(f'"{name}"' for name in turn) if isinstance(turn, Mapping) else _kind(turn)
-        raise RecordError(f'{place} must have "{role_key}" and "{text_key}"; found {found or "no field"}')
+def _turn(value: object, place: str, field: str) -> Turn:
+    turn, role_key, text_key = _fields(value, place, field)
     role = turn[role_key]
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise RecordError(f'{place} has the unknown "{role_key}" {role!r}; expected one of {", ".join(ROLES)}')
-    kind = ROLES[role.lower()]
-    name = f'"{text_key}" of {place}'
+    kind, content, name = ROLES[role.lower()], turn.get(text_key), f'"{text_key}" of {place}'
+    weight = _weight(turn, kind in (template.ASSISTANT, _CALL), place)
     if kind == _TOOL:
-        output = turn.get(text_key)
-        text = output if isinstance(output, str) else _output(output, name)
-        return Turn(template.USER, template.function_output(text.strip()), _weight(turn, False, place))
+        return Turn(template.USER, template.function_output(_output(content, name).strip()))
     if kind == _CALL:
-        text = template.function_call([_call(turn.get(text_key), name)])
-        return Turn(template.ASSISTANT, text, _weight(turn, True, place))
+        return Turn(template.ASSISTANT, template.function_call([_call(content, name)]), weight)
     if kind == template.ASSISTANT:
-        return Turn(kind, _answer(turn, turn.get(text_key), name, place), _weight(turn, True, place))
-    return Turn(kind, _content(turn.get(text_key), name), _weight(turn, False, place))
+        return Turn(kind, _answer(turn, content, name, place), weight)
+    return Turn(kind, _content(content, name))
+
+
+def _fields(turn: object, place: str, field: str) -> tuple[Mapping[str, Any], str, str]:
+    """A turn, and the names of its role and its text. Either way of naming is met under either field."""
+    usual = ("from", "value") if field == "conversations" else ("role", "content")
+    if not isinstance(turn, Mapping):
+        raise RecordError(f'{place} must have "{usual[0]}" and "{usual[1]}"; found {_kind(turn)}')
+    ways = (usual, ("role", "content"), ("from", "value"))
+    role_key, text_key = next((way for way in ways if way[0] in turn), usual)
+    if role_key not in turn or (text_key not in turn and not _speaks(turn)):
+        found = ", ".join(f'"{name}"' for name in turn) or "no field"
+        raise RecordError(f'{place} must have "{role_key}" and "{text_key}"; found {found}')
+    return turn, role_key, text_key
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:

@@ -15,7 +15,9 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from rwkvpeft.data.block import Block, prepare, tokenise_block
+from rwkvpeft.data.conversation import require_end
 from rwkvpeft.data.jsonl import blocks
+from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 
 # below this a second process takes longer to start than it saves
@@ -32,8 +34,9 @@ def tokenised_blocks(
         tokenizer: as for ``load_tokenizer``.
         workers: processes; None: one for each processor, if the file is large enough.
         with_voices: tell who says each token too.
-    Raises: UserError if the file cannot be read or a process dies.
+    Raises: UserError if the file cannot be read, the tokenizer has no token for a document's end, or a process dies.
     """
+    require_end(load_tokenizer(tokenizer))
     ranges = blocks(path)
     rest = (tokenizer, text_key, with_voices)
     workers = workers or _suitable_workers(path)

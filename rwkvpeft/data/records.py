@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.conversation import RecordError, segments, tokenise
+from rwkvpeft.data.conversation import RecordError, require_end, segments, tokenise
 from rwkvpeft.data.jsonl import SHOWN, Record, excerpt, line_error
 from rwkvpeft.data.parallel import tokenised_blocks
 from rwkvpeft.data.progress import Progress, ProgressLines
@@ -28,6 +28,7 @@ class RecordSource(TokenSource):
     def __init__(self, name: str, records: Iterable[Record], tokenizer: Tokenizer, text_key: str = "text") -> None:
         """Args: ``name`` of the file, for messages. Raises: UserError with NAME:LINE for a record that is no document,
         and what ``records`` raises."""
+        require_end(tokenizer)
         self.name = name
         stream = _empty_stream(tokenizer)
         sizes = array("i")

@@ -7,9 +7,11 @@ import json
 
 import pytest
 
+from rwkvpeft.data import parallel
 from rwkvpeft.data.jsonl import blocks, read_block, read_records
 from rwkvpeft.data.records import JsonlSource
 from rwkvpeft.data.tokenizer import load_tokenizer
+from rwkvpeft.data.vocabulary import write_characters
 from rwkvpeft.errors import UserError
 
 
@@ -143,3 +145,31 @@ def test_a_token_above_the_models_vocabulary_is_refused(jsonl):
     source.check(256)
     with pytest.raises(UserError, match="document 1, position 1"):
         source.check(ord("c"))
+
+
+def test_a_vocabulary_without_a_token_for_the_end_is_refused(jsonl, tmp_path):
+    write_characters(tmp_path / "vocab.json", sorted(set("hello")))
+    with pytest.raises(UserError, match="none for the end of a document"):
+        JsonlSource(jsonl('{"text": "hello"}'), load_tokenizer(str(tmp_path / "vocab.json")))
+
+
+def test_a_large_file_is_the_same_from_several_processes(jsonl, monkeypatch):
+    path = jsonl("\n".join(json.dumps({"text": f"User: {i}\n\nAssistant: {'a' * (i % 5)}"}) for i in range(40)))
+    alone = JsonlSource(path, load_tokenizer("bytes"))
+    monkeypatch.setattr(parallel, "blocks", lambda path: blocks(path, 300))
+    monkeypatch.setattr(parallel, "_suitable_workers", lambda path: 2)
+    seen = []
+    together = JsonlSource(path, load_tokenizer("bytes"), report=seen.append)
+    assert together.stream.tolist() == alone.stream.tolist()
+    assert together.sizes.tolist() == alone.sizes.tolist()
+    for index in range(40):
+        assert together.spoken(index).answers().tolist() == alone.spoken(index).answers().tolist()
+    assert len(seen) > 2
+    assert seen[-1].done == seen[-1].total
+
+
+def test_a_bad_line_of_a_large_file_has_its_number(jsonl, monkeypatch):
+    path = jsonl('{"text": "a"}\n' * 30 + "nonsense\n")
+    monkeypatch.setattr(parallel, "blocks", lambda path: blocks(path, 50))
+    with pytest.raises(UserError, match=r"data\.jsonl:31: not valid JSON"):
+        JsonlSource(path, load_tokenizer("bytes"))
