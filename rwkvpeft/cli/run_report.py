@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -198,4 +199,6 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

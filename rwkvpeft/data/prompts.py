@@ -57,25 +57,25 @@ def held_out_prompts(dataset: RowDataset, tokenizer: Tokenizer, number: int) -> 
     """
     found: list[Prompt] = []
     for index in range(min(len(dataset), _LOOKED_AT)):
-        for text in _documents(dataset, index, tokenizer):
+        for text, is_whole in _documents(dataset, index, tokenizer):
             prompt = _from_document(text)
             if prompt is not None and prompt.expected and len(found) < number:
-                found.append(prompt)
+                found.append(prompt if is_whole else prompt._replace(expected=f"{prompt.expected} ..."))
         if len(found) == number:
             break
     return found
 
 
-def _documents(dataset: RowDataset, index: int, tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts of the documents of a row, as far as they can be told apart and their ends are in the row."""
+def _documents(dataset: RowDataset, index: int, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Texts of the documents of a row as far as they can be told apart, and whether their ends are in the row."""
     row = dataset.row(index)
     start = 0
     for length in row.lengths or (len(row.input_ids),):
         tokens = [*row.input_ids[start : start + length].tolist(), *row.labels[start + length - 1 : start + length]]
         start += length
-        if tokenizer.end_token in tokens:
-            # behind a document's end lies padding
-            yield tokenizer.decode(tokens[: tokens.index(tokenizer.end_token)])
+        is_whole = tokenizer.end_token in tokens
+        # behind a document's end lies padding
+        yield tokenizer.decode(tokens[: tokens.index(tokenizer.end_token)] if is_whole else tokens), is_whole
 
 
 def _prompt(value: Any) -> Prompt:

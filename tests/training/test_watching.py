@@ -108,7 +108,7 @@ def worsening(monkeypatch, losses):
 
 def test_the_best_checkpoint_is_replaced_only_by_a_better_one_and_carries_its_recipe(train, tmp_path, monkeypatch):
     worsening(monkeypatch, [1.0, 4.0, 2.0, 3.0, 2.5])
-    result, model, _ = train(watched=Watched(HeldOut()), val_steps=2, **LORA)
+    result, _, _ = train(watched=Watched(HeldOut()), val_steps=2, **LORA)
     assert [line["best"] for line in lines_of(tmp_path)] == [False, True, True, False, False]
     recipe = load_recipe(tmp_path / "run" / "rwkv-best.pth")
     assert (recipe.step, recipe.val_loss, recipe.method) == (4, 2.0, "lora")
