@@ -57,7 +57,7 @@ class ProgressLines:
 
     def show_slow(self, progress: Progress) -> None:
         """As ``show``, and nothing at all for work that is done before the first line is due."""
-        if progress.done < progress.total or self._printed > self._started:
+        if progress.done < progress.total or self._bar is not None or self._printed > self._started:
             self.show(progress)
 
     def _show_bar(self, progress: Progress) -> None:

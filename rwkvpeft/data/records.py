@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -96,7 +97,7 @@ class JsonlSource(RecordSource):
 
 def open_jsonl(config: DataConfig) -> JsonlSource:
     """The file ``--data_file`` names. Raises: UserError as ``JsonlSource`` does, and for weights that are not read."""
-    with ProgressLines(is_terminal=False) as progress:
+    with ProgressLines(sys.stderr.isatty()) as progress:
         source = JsonlSource(config.data_file, load_tokenizer(config.tokenizer), config.text_key, progress.show_slow)
     check_weights(source, config)
     return source
