@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from rwkvpeft.checkpoints.adapter import Recipe, recipe_path, save_recipe
+from rwkvpeft.checkpoints.adapter import Recipe, load_recipe, save_recipe
 from rwkvpeft.checkpoints.files import MappedTensors, load_tensors, save_tensors
 from rwkvpeft.checkpoints.grow import grow, grown_shape
 from rwkvpeft.checkpoints.quantised import Quantisation, model_fingerprint, refuse_quantised
@@ -41,28 +41,29 @@ class NewModel(NamedTuple):
     seed: int
     small: str
 
-    def write(self, config: TrainConfig) -> tuple[Base, list[str]]:
-        """Draw the weights and write them with a recipe beside them.
+    def write(self, config: TrainConfig, report: Callable[[str], None]) -> Base:
+        """Draw the weights and write them with a recipe beside them, which tells that they are this toolkit's.
 
-        Returns: the base they are from now on, and lines for the user.
-        Raises: UserError if the smaller model does not fit or the file cannot be written.
+        Returns: the base they are from now on.
+        Raises: UserError if a file cannot be written.
         """
+        report(f"drawing initial weights, seed {self.seed}; large models take minutes")
         weights = draw_weights(self.shape, self.dtype, self.seed)
-        lines: list[str] = []
         if self.small:
             weights, growth = grow(MappedTensors(self.small), weights, self.small)
-            lines = growth.lines(self.small)
-        recipe = Recipe(
-            method="none", base_model=Path(self.small).name, version=self.shape.version, shape=asdict(self.shape),
-            tokenizer=config.data.tokenizer, ctx_len=config.data.ctx_len,
-            head_size_divisor=config.model.head_size_divisor,
-        )
+            for line in growth.lines(self.small):
+                report(line)
         keep_vocabulary(config.data)
-        save_recipe(self.path, recipe)
         save_tensors(self.path, weights)
         del weights
-        lines.append(f"wrote initial weights, seed {self.seed}, to {self.path}")
-        return open_base(replace(config.model, load_model=str(self.path), load_partial=0)), lines
+        recipe = Recipe(
+            method="none", base_model=self.path.name, base_fingerprint=model_fingerprint(self.path),
+            version=self.shape.version, shape=asdict(self.shape), tokenizer=config.data.tokenizer,
+            ctx_len=config.data.ctx_len, head_size_divisor=config.model.head_size_divisor,
+        )
+        save_recipe(self.path, recipe)
+        report(f"wrote {self.path}")
+        return open_base(replace(config.model, load_model=str(self.path), load_partial=0))
 
 
 class Beginning(NamedTuple):
@@ -126,16 +127,27 @@ def _new_beginning(config: TrainConfig, first_process: bool) -> Beginning:
         there = replace(config, model=written)
         return Beginning(there, open_base(there.model), "from scratch")
     shape = _new_shape(config)
-    if path.exists() and not recipe_path(path).is_file():
+    if path.exists() and not _is_ours(path):
         raise UserError(
             f"{path} would be overwritten, and this toolkit did not write it",
             fix=f"--train_stage 3 (or --load_model {path}) to train it; otherwise remove it or take another --proj_dir",
         )
+    if small:
+        with torch.device("meta"):
+            outline = find(MODELS, shape.version, flag="--my_testing").initial_weights(shape)
+        # what does not fit is refused before anything is drawn
+        grow(MappedTensors(small).outline, outline, small)
     dtype = COMPUTE_DTYPES[config.runtime.precision or "fp32"]
     new = NewModel(path, shape, dtype, config.runtime.random_seed, small)
     origin = f"from scratch, initial weights with seed {new.seed}" if not small else f"grown from {small}"
     base = Base(str(path), shape, {}, {}, Quantisation())
     return Beginning(replace(config, model=written), base, origin, new)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the initial weights are those that this toolkit wrote there."""
+    recipe = load_recipe(path)
+    return recipe is not None and recipe.base_fingerprint == model_fingerprint(path)
 
 
 def _silent(line: str) -> None:

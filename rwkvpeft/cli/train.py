@@ -80,8 +80,10 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     asked = config
     config, base, origin, new, begun = find_beginning(config, _say, first_process=_is_first_process())
     if new is not None and config.schedule.train_stage == 1:
-        for line in [*remarks, *new.write(config)[1], "go on with --train_stage 2 or 3"]:
+        for line in remarks:
             _say(line)
+        new.write(config, _say)
+        _say("go on with --train_stage 2 or 3")
         return 0
     adapter = assemble.make_adapter(config.method, base.shape)
     assemble.check_merge(base, config.method, adapter)
@@ -110,9 +112,8 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
     # on a GPU this compiles and measures: after everything that may be refused at once
     chosen, more = assemble.choose_programs(base.shape, config)
     if new is not None:
-        base, told = new.write(config)
+        base = new.write(config, _say)
         recipe = assemble.make_recipe(base, config, adapter)
-        more = [*told, *more]
     recompute = assemble.choose_recompute(base, longest, chosen)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, start)
     lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin)

@@ -111,6 +111,24 @@ def test_weights_of_somebody_else_are_not_overwritten(train, tiny_model, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rwkv-init.pth"]
 
 
+def test_own_weights_are_drawn_again_and_others_in_their_place_are_not_touched(stage, tiny_model, tmp_path):
+    for _ in range(2):
+        code, _, errors = stage(1, *NEW)
+        assert code == 0, errors
+    shutil.copy(tiny_model, tmp_path / "out/rwkv-init.pth")
+    code, _, errors = stage(1, *NEW)
+    assert code == 2
+    assert "would be overwritten" in errors
+
+
+def test_a_checkpoint_with_tensors_that_a_larger_model_has_no_place_for_is_refused(train, tiny_model, tmp_path):
+    torch.save({**read(tiny_model), "blocks.0.att.extra": torch.ones(3)}, tmp_path / "odd.pth")
+    code, _, errors = train("--load_model", tmp_path / "odd.pth", "--load_partial", 1, "--n_layer", 3)
+    assert code == 2
+    assert "no place for" in errors
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
