@@ -17,12 +17,13 @@ from rwkvpeft.data.block import Block
 from rwkvpeft.data.dataset import open_source
 from rwkvpeft.data.parallel import tokenised_blocks
 from rwkvpeft.data.progress import Progress
+from rwkvpeft.data.records import weight_error
 from rwkvpeft.data.rules import MaskRule, mask_rule
 from rwkvpeft.data.source import Tokens, TokenSource
 from rwkvpeft.data.template import THINK, THINK_END
 from rwkvpeft.data.text import data_tokenizer
 from rwkvpeft.data.tokenizer import Tokenizer
-from rwkvpeft.data.voices import Spoken
+from rwkvpeft.data.voices import Spoken, Voice
 
 SHOWN_LINES = 20
 _EXAMPLES = 3
@@ -45,6 +46,7 @@ class DataCheck:
         bad: lines that are no documents, as messages.
         examples: under the name of a count, where the first ones are.
         notes: how files are read.
+        refusals: why a run would not begin with these data.
     """
 
     ctx_len: int | None
@@ -59,11 +61,12 @@ class DataCheck:
     bad: list[str] = field(default_factory=list)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
 
     @property
     def is_fine(self) -> bool:
-        """Whether every line is a document, and there is one."""
-        return not self.bad and bool(len(self.lengths()))
+        """Whether a run would take the data."""
+        return not self.bad and not self.refusals and self.trained > 0
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document."""
@@ -125,13 +128,18 @@ class _BlockSource(TokenSource):
 
 def _blocks(config: DataConfig, found: DataCheck, report: Callable[[Progress], None]) -> Iterator[_BlockSource]:
     path, lines, tokens = Path(config.data_file), 0, 0
+    voices: set[Voice] = set()
     blocks = tokenised_blocks(path, config.tokenizer, config.text_key, with_voices=True)
     for end, block in blocks:
+        voices.update(block.voices)
         found.bad += [f"{path}:{lines + bad.line}: {bad.what}; found: {bad.shown}" for bad in block.bad]
         yield _BlockSource(str(path), block, lines)
         lines += block.lines
         tokens += len(block.tokens)
         report(Progress("check", end, path.stat().st_size, tokens))
+    error = weight_error(str(path), voices, config)
+    if error is not None:
+        found.refusals.append(f"{error.what}; found {error.found}; {error.fix}")
 
 
 def _count(

@@ -38,6 +38,9 @@ def render(found: DataCheck) -> str:
             more = ", ..." if count > len(found.examples[name]) else ""
             share = 100 * count / len(lengths)
             lines.append(f"note: {_number(count, 'document')} ({share:.1f} %) {words}: {examples}{more}")
+    if not found.trained:
+        lines.append("error: nothing would be trained with these settings")
+    lines += [f"error: {refusal}" for refusal in found.refusals]
     return "\n".join([*lines, *_bad_lines(found)])
 
 

@@ -105,16 +105,22 @@ def open_jsonl(config: DataConfig) -> JsonlSource:
 
 def check_weights(source: RecordSource, config: DataConfig) -> None:
     """Refuse turns with weights of their own where ``--loss_mask`` goes by something else. Raises: UserError."""
-    if config.loss_mask in ("qa", "last"):
-        return
-    weights = sorted({voice.weight for voice in source.voices if voice.is_answer and voice.weight != 1})
-    if weights:
-        raise UserError(
-            f'{source.name}: its turns have a "weight" or are not to be trained, and --loss_mask {config.loss_mask} '
-            "does not go by turns",
-            found=f"turns of weight {', '.join(f'{weight:g}' for weight in weights[:5])}",
-            fix="--loss_mask qa",
-        )
+    error = weight_error(source.name, source.voices, config)
+    if error is not None:
+        raise error
+
+
+def weight_error(name: str, voices: Iterable[Voice], config: DataConfig) -> UserError | None:
+    """What is wrong where turns have weights of their own and ``--loss_mask`` does not go by turns."""
+    weights = sorted({voice.weight for voice in voices if voice.is_answer and voice.weight != 1})
+    if not weights or config.loss_mask in ("qa", "last"):
+        return None
+    return UserError(
+        f'{name}: its turns have a "weight" or are not to be trained, and --loss_mask {config.loss_mask} '
+        "does not go by turns",
+        found=f"turns of weight {', '.join(f'{weight:g}' for weight in weights[:5])}",
+        fix="--loss_mask qa",
+    )
 
 
 def _empty_stream(tokenizer: Tokenizer) -> array[int]:

@@ -129,3 +129,18 @@ def test_lengths_are_counted_in_the_bar_that_names_them(tmp_path):
     write_binidx(tmp_path / "b", [np.ones(size, dtype=int) for size in (1, 2, 3, 4, 5)])
     bars = [line for line in render(check(str(tmp_path / "b"))).splitlines() if "|" in line]
     assert [bar.rpartition("| ")[2] for bar in bars] == ["1", "1", "2", "1"]
+
+
+def test_what_a_run_would_refuse_is_told(tmp_path):
+    turn = {"role": "assistant", "content": "a", "weight": 0.5}
+    path = write(tmp_path / "in.jsonl", (json.dumps({"messages": [turn]}),))
+    assert check(path, loss_mask="qa").is_fine
+    found = check(path, loss_mask="none")
+    assert not found.is_fine
+    assert "does not go by turns" in render(found).splitlines()[-1]
+
+
+def test_data_without_anything_to_train_are_not_fine(tmp_path):
+    found = check(write(tmp_path / "in.jsonl", "User: a"), loss_mask="qa")
+    assert not found.is_fine
+    assert render(found).splitlines()[-1] == "error: nothing would be trained with these settings"
