@@ -21,7 +21,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--state", metavar="FILE", help="tuned state to start from")
     group.add_argument("--tokenizer", metavar="NAME|FILE",
                        help="world, bytes, utf-16le or a vocabulary file (default: the adapter's, else bytes for "
-                       "256 token ids and world for more)")
+                       "256 token ids, world for 65536, otherwise vocab.json beside the model)")
     group.add_argument("--head_size_divisor", type=float, help="as in training (default: the adapter's, else 8)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
