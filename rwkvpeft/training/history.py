@@ -27,8 +27,9 @@ class EvaluationRecord:
     t_cost: float
 
     def line(self) -> dict[str, Any]:
-        """The record as ``val_data.jsonl`` holds it."""
-        return asdict(self)
+        """The record as ``val_data.jsonl`` holds it; JSON has no infinity."""
+        values = asdict(self).items()
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values}
 
     @classmethod
     def from_line(cls, line: dict[str, Any]) -> EvaluationRecord:

@@ -91,6 +91,39 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_written(train, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--dataload", "pack"),
+        ("--dataload", "get"),
+        ("--dataload", "only", "--micro_bsz", "1"),
+        ("--infctx", "--chunk_ctx", "16"),
+        ("--length_buckets",),
+        ("--peft", "state"),
+        ("--peft", "none"),
+    ],
+    ids=" ".join,
+)
+def test_every_way_of_rows_can_be_watched(train, tmp_path, words):
+    code, _, errors = train("--val_split", 3, "--report", "false", *words)
+    assert code == 0, errors
+    losses = [line["val_loss"] for line in records(tmp_path, "val_data.jsonl")]
+    # a random model of 256 tokens
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(5.545, abs=0.3)
+    assert (tmp_path / "out" / "rwkv-best.pth").is_file()
+
+
+def test_a_run_from_an_adapter_file_is_compared_with_the_base_without_it(train, tmp_path):
+    words = ("--val_split", 2, "--report", "false", *LORA)
+    assert train(*words, "--proj_dir", tmp_path / "first", "--lr_init", 1e-1, "--lr_final", 1e-1)[0] == 0
+    first = (tmp_path / "first" / "val_data.jsonl").read_text().splitlines()
+    code, _, errors = train(*words, "--adapter", tmp_path / "first" / "rwkv-0.pth")
+    assert code == 0, errors
+    assert records(tmp_path, "val_data.jsonl")[0]["val_loss"] == json.loads(first[0])["val_loss"]
+    assert json.loads(first[-1])["val_loss"] != json.loads(first[0])["val_loss"]
+
+
 def test_a_line_that_is_no_prompt_is_named(train, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('"Fine?"\n\n7\n')

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,17 @@ def test_the_adapter_switched_off_is_the_base(base):
     assert evaluate(model, batches).loss != before
     with adapter.disabled(model):
         assert evaluate(model, batches).loss == before
+
+
+def test_the_log_of_mini_epochs_and_wandb_have_the_held_out_loss(train, tmp_path, monkeypatch):
+    sent = []
+    wandb = SimpleNamespace(log=lambda line, step: sent.append((step, line)), finish=lambda: None)
+    monkeypatch.setattr("rwkvpeft.training.callbacks.metrics.start_wandb", lambda *_: wandb)
+    train(watched=Watched(HeldOut(5)), wandb="project")
+    found = {line["step"]: line["val_loss"] for line in lines_of(tmp_path)}
+    assert {step: line["val_loss"] for step, line in sent if "val_loss" in line} == found
+    for line, step in zip((tmp_path / "run" / "train_log.txt").read_text().splitlines(), (4, 8), strict=True):
+        assert line.endswith(f" val_loss {found[step]:.6f}")
 
 
 @pytest.mark.slow
