@@ -134,10 +134,10 @@ def evaluation_lines(config: TrainConfig, history: History) -> list[str]:
     lines = []
     base, best, newest = history.base, history.best, history.newest
     if best is not None and newest is not None:
-        before = "" if base is None else f"base {base.val_loss:.4f}, "
+        before = "" if base is None else f"base {_nats(base.val_loss)}, "
         lines.append(
-            f"held-out loss: {before}best {best.val_loss:.4f} after step {best.step} "
-            f"({Path(config.output.proj_dir) / BEST}), last {newest.val_loss:.4f}"
+            f"held-out loss: {before}best {_nats(best.val_loss)} after step {best.step} "
+            f"({Path(config.output.proj_dir) / BEST}), last {_nats(newest.val_loss)}"
         )
         if history.is_overfitted:
             lines.append(f"note: overfitting since step {best.step}: the last held-out loss is {history.excess:.4f} "
@@ -148,6 +148,10 @@ def evaluation_lines(config: TrainConfig, history: History) -> list[str]:
         lines.append(f"warning: the model has forgotten: its loss on {config.evaluation.general_data_file} is "
                      f"{history.forgotten():.4f} nats above the base's")
     return lines
+
+
+def _nats(loss: float | None) -> str:
+    return "not a number" if loss is None else f"{loss:.4f}"
 
 
 def _result(folder: Path, result: FitResult) -> Path | None:

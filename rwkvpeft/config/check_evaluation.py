@@ -23,7 +23,7 @@ def check_evaluation(config: TrainConfig, findings: Findings) -> None:
     split = evaluation.val_split
     findings.check(
         split <= 1 or split == int(split),
-        "--val_split above 1 is a number of documents",
+        "--val_split from 1 on is a number of documents",
         found=f"{split:g}",
         fix=f"--val_split {round(split)}",
     )

@@ -297,14 +297,16 @@ class EvaluationConfig:
 
     val_data_file: str = flag("", help="held-out data, of the kind of --data_file", metavar="FILE")
     val_split: float = flag(
-        0.0, help="share of the documents of --data_file, or their number if above 1, that is held out instead"
+        0.0, help="share of the documents of --data_file, or from 1 on their number, that is held out instead"
     )
     val_steps: int = flag(
         0, help="evaluate every so many optimizer steps, and before the first; 0: each mini-epoch", unit="steps"
     )
     early_stop: int = flag(0, help="end after so many evaluations without a better held-out loss; 0: never")
     general_data_file: str = flag(
-        "", help="text of another kind: an alarm is given when the model forgets how to predict it", metavar="FILE"
+        "",
+        help="text of another kind, .jsonl, .txt or as --data_type says: an alarm is given when the model forgets it",
+        metavar="FILE",
     )
     general_alarm: float = flag(0.05, help="rise of its loss that is an alarm", unit="nats a token")
     sample_prompts: str = flag(

@@ -76,7 +76,7 @@ def test_without_matplotlib_the_report_has_tables_only(train, tmp_path, monkeypa
     [
         (("--early_stop", "2"), "--early_stop needs held-out data"),
         (("--val_steps", "2"), "--val_steps has nothing to evaluate"),
-        (("--val_split", "2.5"), "--val_split above 1 is a number of documents"),
+        (("--val_split", "2.5"), "--val_split from 1 on is a number of documents"),
         (("--val_split", "0.1", "--val_data_file", "x.jsonl"), "both say what is held out"),
         (("--val_data_file", "gone.jsonl"), "--val_data_file: a file is missing"),
         (("--sample_prompts", "gone.jsonl"), "--sample_prompts names a file that does not exist"),

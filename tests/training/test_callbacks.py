@@ -93,3 +93,12 @@ def test_wandb_is_offline_without_a_key_and_never_asks(tmp_path, monkeypatch, kn
     start_wandb("project", tmp_path, {"lr": 1}, lines.append)
     assert calls[0]["mode"] == (None if known else "offline")
     assert bool(lines) == (not known)
+
+
+def test_each_step_tells_the_most_memory_so_far(train, tmp_path):
+    pytest.importorskip("resource")
+    train(epoch_count=1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "loss_data.jsonl").read_text().splitlines()]
+    memory = [line["memory"] for line in lines]
+    assert memory == sorted(memory)
+    assert memory[0] > 50_000_000

@@ -20,14 +20,18 @@ def keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
 
 def read_records(path: Path, *, last_step: int | None = None) -> list[dict[str, Any]]:
     """The JSON objects of a file, up to those of ``last_step`` if it is given; none if there is no file."""
-    if not path.exists():
-        return []
+    records: list[dict[str, Any]] = []
 
-    def wanted(line: str) -> bool:
-        step = json.loads(line)["step"]
-        return last_step is None or step <= last_step
+    def take(line: str) -> bool:
+        record = json.loads(line)
+        if last_step is not None and record["step"] > last_step:
+            return False
+        records.append(record)
+        return True
 
-    return [json.loads(line) for line in _first_lines(path, wanted)]
+    if path.exists():
+        _first_lines(path, take)
+    return records
 
 
 def _first_lines(path: Path, wanted: Callable[[str], bool]) -> list[str]:
