@@ -26,6 +26,13 @@ class Bounds(NamedTuple):
     filled: Tensor
 
 
+class Edges(NamedTuple):
+    """For each token, int32 (T,): the sequence whose first token it is, and whose last, or -1."""
+
+    starts: Tensor
+    ends: Tensor
+
+
 class SideBySide(NamedTuple):
     """Chunks of all sequences in the order in which they can be scanned side by side.
 
@@ -61,6 +68,7 @@ class Sequences:
             raise ContractError(f"sequences of {self.lengths} tokens")
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._bounds: dict[torch.device, Bounds] = {}
+        self._edges: dict[torch.device, Edges] = {}
         self._side_by_side: dict[tuple[int, torch.device], SideBySide] = {}
 
     @cached_property
@@ -83,6 +91,16 @@ class Sequences:
             rows = ([self.offsets[i] for i in filled], [self.offsets[i + 1] - 1 for i in filled], filled)
             self._bounds[device] = Bounds(*(torch.tensor(row, dtype=torch.int64, device=device) for row in rows))
         return self._bounds[device]
+
+    def edges(self, device: torch.device) -> Edges:
+        """Which tokens begin and end a sequence."""
+        if device not in self._edges:
+            starts, ends, filled = self.bounds(torch.device("cpu"))
+            table = torch.full((2, self.tokens), -1, dtype=torch.int32)
+            for row, places in zip(table, (starts, ends), strict=True):
+                row[places] = filled.int()
+            self._edges[device] = Edges(*table.to(device).unbind())
+        return self._edges[device]
 
     def chunk_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """How chunks of ``length`` tokens lie in the row, none of them in two sequences.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvpeft.ops.block.contract import KeyParameters, Norm
 from rwkvpeft.ops.block.triton_ops import TRITON
+from rwkvpeft.ops.sequences import Sequences
 
 BATCH, TOKENS = 2, 64
 
@@ -53,6 +54,20 @@ def norm_mix(sizes: Sizes, mixes: int, rest: bool) -> None:
     differentiate([mixed.residual, mixed.last, *mixed.tokens])
 
 
+def packed(sizes: Sizes, mixes: int, rest: bool) -> None:
+    """A packed row of two sequences."""
+    sequences = Sequences([BATCH * TOKENS - 3, 3])
+    row = sizes.tokens().reshape(1, -1, sizes.channels)
+    update, last = (torch.zeros_like(row), sizes.last()) if rest else (None, None)
+    shares: tuple[Tensor | None, ...] = tuple(sizes.parameter() for _ in range(mixes))
+    mixed = TRITON.norm_mix(row, update, sizes.norm(), last, shares, sequences)
+    differentiate([mixed.residual, mixed.last, *mixed.tokens])
+    if mixes == 1:
+        mixes_by_token = tuple(sizes.parameter() for _ in range(5))
+        own = sizes.tokens(5).reshape(5, 1, -1, sizes.channels)
+        differentiate(TRITON.mix_by_token(row, None, last, own, mixes_by_token, sequences))
+
+
 def norm_mix_v6(sizes: Sizes) -> None:
     mixed = TRITON.norm_mix(sizes.tokens(), None, sizes.norm(), None, (None, sizes.parameter()))
     differentiate([mixed.residual, mixed.last, *mixed.tokens])
@@ -92,6 +107,8 @@ def _cases() -> dict[str, Callable[[], object]]:
             name = f"{channels}/{head_size} {str(dtype)[6:]} {'trained' if trained else 'frozen'}"
             # v7's two, v5's, and the channel mixing of v5 and v6, with and without what is optional
             cases |= {f"{name} mix {count}{'+' if rest else ''}": partial(norm_mix, sizes, count, rest)
+                      for count in (6, 4, 2, 1) for rest in (False, True)}
+            cases |= {f"{name} packed {count}{'+' if rest else ''}": partial(packed, sizes, count, rest)
                       for count in (6, 4, 2, 1) for rest in (False, True)}
             cases |= {
                 f"{name} v6": partial(norm_mix_v6, sizes),

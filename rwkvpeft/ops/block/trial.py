@@ -1,7 +1,7 @@
 """Prove a block's operators on the device they are to run on.
 
 The truth is plain PyTorch in fp64 on the CPU, given the same rounded inputs. Errors are relative Frobenius norms.
-Letters: B batch, T tokens, C channels, H heads, N head size.
+Letters: B batch, T tokens, C channels, H heads, N head size, S sequences of a packed row.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from rwkvpeft.ops.bench import GpuLost, first_line, surviving
 from rwkvpeft.ops.block.contract import BlockOps, KeyParameters, Norm
 from rwkvpeft.ops.block.plain import PLAIN
 from rwkvpeft.ops.contract import Needs
+from rwkvpeft.ops.sequences import Sequences
 from rwkvpeft.ops.trial import relative_error
 
 _LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 """Largest errors; what rounding the results to 16 bits costs is a fifth of theirs."""
 
 _BATCH, _TOKENS, _HEADS = 2, 37, 3
+_PACKED = 4
+"""Sequences of a packed row."""
 _EPS = 1e-5
 
 
@@ -42,6 +45,28 @@ def _mix_by_token(ops: BlockOps, x: Tensor, last: Tensor, shares: Tensor, *mixes
     return ops.mix_by_token(x, None, last, shares, mixes)
 
 
+def _packed(x: Tensor) -> Sequences:
+    """All tokens of (.., B, T, C) in sequences of unequal length, one of them empty."""
+    total = x.shape[-3] * x.shape[-2]
+    first = min(1, total)
+    third = (total - first) // 3
+    return Sequences((first, 0, third, total - first - third))
+
+
+def _norm_mix_packed(ops: BlockOps, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, last: Tensor,
+                     *mixes: Tensor) -> tuple[Tensor | None, ...]:
+    row, more = (part.reshape(1, -1, part.shape[-1]) for part in (x, update))
+    mixed = ops.norm_mix(row, more, Norm(weight, bias, _EPS), last, mixes, _packed(x))
+    return mixed.residual, mixed.last, *mixed.tokens
+
+
+def _mix_by_token_packed(
+    ops: BlockOps, x: Tensor, last: Tensor, shares: Tensor, *mixes: Tensor
+) -> tuple[Tensor, ...]:
+    row, own = x.reshape(1, -1, x.shape[-1]), shares.reshape(5, 1, -1, x.shape[-1])
+    return ops.mix_by_token(row, None, last, own, mixes, _packed(x))
+
+
 def _prepare_keys(ops: BlockOps, reference: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     key, value, rate, first, share, *parameters = tensors
     return ops.prepare_keys(key, value, rate, first, share, KeyParameters(*parameters), reference.shape[0])
@@ -58,7 +83,9 @@ def _norm_gate(ops: BlockOps, read: Tensor, gate: Tensor, weight: Tensor, bias: 
 
 CALLS = {
     "norm_mix": Call("xxccl" + "pppppp", _norm_mix),
+    "norm_mix of packed rows": Call("xxccq" + "pppppp", _norm_mix_packed),
     "mix_by_token": Call("xls" + "ppppp", _mix_by_token),
+    "mix_by_token of packed rows": Call("xqs" + "ppppp", _mix_by_token_packed),
     "prepare_keys": Call("k" + "xxxxx" + "pppp", _prepare_keys),
     "norm_bonus_gate": Call("kcc" + "hhhhx", _norm_bonus_gate),
     "norm_gate": Call("hxcc", _norm_gate),
@@ -73,13 +100,14 @@ def draw(
 ) -> list[Tensor]:
     """Random tensors for a call, leaves that want gradients, always the same.
 
-    Letters: x (B, T, C), h (B, T, H, N), l (B, C), s (5, B, T, C) in ``dtype``; parameters c (C,), p (1, 1, C) and
-    k (H, N) in fp32.
+    Letters: x (B, T, C), h (B, T, H, N), l (B, C), q (S, C), s (5, B, T, C) in ``dtype``; parameters c (C,),
+    p (1, 1, C) and k (H, N) in fp32.
     """
     generator = torch.Generator().manual_seed(0)
     channels = heads * head_size
     shapes: dict[str, tuple[int, ...]] = {
         "x": (batch, tokens, channels), "h": (batch, tokens, heads, head_size), "l": (batch, channels),
+        "q": (_PACKED, channels),
         "s": (5, batch, tokens, channels), "c": (channels,), "p": (1, 1, channels), "k": (heads, head_size),
     }
     wide = torch.float64 if dtype == torch.float64 else torch.float32

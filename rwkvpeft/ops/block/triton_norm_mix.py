@@ -8,8 +8,11 @@ With n_t the normed token and s_i the shares, mixture i is n_t (1 - s_i) + n_{t-
     dn_t = Σ_i g_i,t (1 - s_i) + Σ_i g_i,t+1 s_i          ds_i = Σ_t g_i,t (n_{t-1} - n_t)
 
 Programs take a few neighbouring tokens each, the backward ones from the last to the first, and hand the second sum from
-token to token. Gradients of parameters are another kernel's, launched only if they are trained: it sums over tokens
-within each program, then over programs, in the same order in every run.
+token to token. In a packed row two tables name the sequences that begin and end at a token; what a first token would
+give to the one before it is then the gradient of its sequence's ``last`` token.
+
+Gradients of parameters are another kernel's, launched only if they are trained: it sums over tokens within each
+program, then over programs, in the same order in every run.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ def _warps(block: int) -> int:
 @torch.library.custom_op(
     "rwkvpeft::block_norm_mix_forward",
     mutates_args=(),
-    schema="(Tensor x, Tensor? update, Tensor weight, Tensor bias, Tensor? last, Tensor?[] mixes, float eps)"
-    " -> Tensor[]",
+    schema="(Tensor x, Tensor? update, Tensor weight, Tensor bias, Tensor? last, Tensor?[] mixes, float eps,"
+    " int rows, Tensor? starts, Tensor? ends) -> Tensor[]",
 )
 @apart
 def norm_mix_forward(
@@ -57,21 +60,30 @@ def norm_mix_forward(
     last: Tensor | None,
     mixes: Sequence[Tensor | None],
     eps: float,
+    rows: int,
+    starts: Tensor | None,
+    ends: Tensor | None,
 ) -> list[Tensor]:
     """Launch the forward kernel; all tensors contiguous, T > 0.
 
+    Args:
+        rows: B, of a packed row S.
+        starts, ends: of ``Sequences.edges``, None unless packed.
     Returns: the mixtures, the last normed token, mean and 1 / deviation of each token fp32 (2, B, T), and with an
         update the new residual stream.
     """
     batch, tokens, channels = x.shape
-    results = _empty_forward(x, update, mixes)
+    results = _empty_forward(x, update, mixes, rows)
     mixed, (after, stats) = results[: len(mixes)], results[len(mixes) : len(mixes) + 2]
     each = tokens_each(batch, tokens, programs=2048)
     block = triton.next_power_of_2(channels)
     residual = None if update is None else results[-1]
+    if starts is not None:
+        # sequences without tokens
+        after.copy_(torch.zeros_like(after) if last is None else last)
     forward_kernel[(triton.cdiv(tokens, each), batch)](
         x, update, residual, weight, bias, last, *_six(mixes), *_six(mixed, mixed[0]), after,
-        stats, tokens, channels, eps, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
+        stats, starts, ends, tokens, channels, eps, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
     )
     return results
 
@@ -85,14 +97,17 @@ def _(
     last: Tensor | None,
     mixes: Sequence[Tensor | None],
     eps: float,
+    rows: int,
+    starts: Tensor | None,
+    ends: Tensor | None,
 ) -> list[Tensor]:
-    return _empty_forward(x, update, mixes)
+    return _empty_forward(x, update, mixes, rows)
 
 
-def _empty_forward(x: Tensor, update: Tensor | None, mixes: Sequence[Tensor | None]) -> list[Tensor]:
+def _empty_forward(x: Tensor, update: Tensor | None, mixes: Sequence[Tensor | None], rows: int) -> list[Tensor]:
     batch, tokens, channels = x.shape
     results = [torch.empty_like(x) for _ in mixes]
-    results += [x.new_empty(batch, channels), x.new_empty(2, batch, tokens, dtype=torch.float32)]
+    results += [x.new_empty(rows, channels), x.new_empty(2, batch, tokens, dtype=torch.float32)]
     return results if update is None else [*results, torch.empty_like(x)]
 
 
@@ -100,7 +115,7 @@ def _empty_forward(x: Tensor, update: Tensor | None, mixes: Sequence[Tensor | No
     "rwkvpeft::block_norm_mix_backward",
     mutates_args=(),
     schema="(Tensor residual, Tensor stats, Tensor weight, Tensor bias, Tensor? last, Tensor?[] mixes, Tensor[] grads,"
-    " Tensor? grad_residual, Tensor? grad_after, bool trained) -> Tensor[]",
+    " Tensor? grad_residual, Tensor? grad_after, bool trained, Tensor? starts, Tensor? ends) -> Tensor[]",
 )
 @apart
 def norm_mix_backward(
@@ -114,23 +129,29 @@ def norm_mix_backward(
     grad_residual: Tensor | None,
     grad_after: Tensor | None,
     trained: bool,
+    starts: Tensor | None,
+    ends: Tensor | None,
 ) -> list[Tensor]:
     """Launch the backward kernel; all tensors contiguous, T > 0.
 
     Args:
         trained: whether the norm or a mix is.
+        starts, ends: of ``Sequences.edges``, None unless packed.
     Returns: the gradient of the residual stream; with a last token that of it; with trained parameters fp32
         (2 + mixes, C): of the norm's weight and bias and of the mixes.
     """
     batch, tokens, channels = residual.shape
     results = _empty_backward(residual, stats, last, mixes, trained=False)
     grad_last = None if last is None else results[1]
+    if grad_last is not None and starts is not None:
+        # sequences without tokens
+        grad_last.copy_(torch.zeros_like(grad_last) if grad_after is None else grad_after)
     each = tokens_each(batch, tokens, programs=2048)
     block = triton.next_power_of_2(channels)
     shares, given = _six(mixes), _six(grads, grads[0])
     backward_kernel[(triton.cdiv(tokens, each), batch)](
-        residual, stats, weight, *shares, *given, grad_residual, grad_after, results[0], grad_last, tokens, channels,
-        each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
+        residual, stats, weight, *shares, *given, grad_residual, grad_after, results[0], grad_last, starts, ends,
+        tokens, channels, each, COUNT=len(mixes), BLOCK=block, num_warps=_warps(block),
     )
     if not trained:
         return results
@@ -138,8 +159,8 @@ def norm_mix_backward(
     programs, block = triton.cdiv(tokens, each), min(block, 512)
     partial = stats.new_empty(batch * programs, 2 + len(mixes), channels)
     parameters_kernel[(programs, batch, triton.cdiv(channels, block))](
-        residual, stats, weight, bias, last, *shares, *given, grad_after, partial, tokens, channels, each,
-        COUNT=len(mixes), BLOCK=block, num_warps=4,
+        residual, stats, weight, bias, last, *shares, *given, grad_after, partial, starts, ends, tokens, channels,
+        each, COUNT=len(mixes), BLOCK=block, num_warps=4,
     )
     return [*results, partial.sum(0)]
 
@@ -156,6 +177,8 @@ def _(
     grad_residual: Tensor | None,
     grad_after: Tensor | None,
     trained: bool,
+    starts: Tensor | None,
+    ends: Tensor | None,
 ) -> list[Tensor]:
     return _empty_backward(residual, stats, last, mixes, trained=trained)
 
@@ -183,12 +206,15 @@ class _NormMix(torch.autograd.Function):
         bias: Tensor,
         last: Tensor | None,
         eps: float,
+        rows: int,
+        starts: Tensor | None,
+        ends: Tensor | None,
         *mixes: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        results = norm_mix_forward(x, update, weight, bias, last, mixes, eps)
+        results = norm_mix_forward(x, update, weight, bias, last, mixes, eps, rows, starts, ends)
         mixed, (after, stats) = results[: len(mixes)], results[len(mixes) : len(mixes) + 2]
         residual = x if update is None else results[-1]
-        ctx.save_for_backward(residual, stats, weight, bias, last, *mixes)
+        ctx.save_for_backward(residual, stats, weight, bias, last, starts, ends, *mixes)
         ctx.set_materialize_grads(False)
         # the stream passes through even where nothing is added, so that its gradient joins in the kernel
         return (x.view_as(x) if update is None else residual, after, *mixed)
@@ -198,25 +224,25 @@ class _NormMix(torch.autograd.Function):
     def backward(
         ctx: Any, grad_residual: Tensor | None, grad_after: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        residual, stats, weight, bias, last, *mixes = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        residual, stats, weight, bias, last, starts, ends, *mixes = ctx.saved_tensors
+        wanted = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[9:])
         given = [torch.zeros_like(residual) if grad is None else grad.contiguous() for grad in grads]
         results = norm_mix_backward(
             residual, stats, weight, bias, last, mixes, given,
             None if grad_residual is None else grad_residual.contiguous(),
             None if grad_after is None else grad_after.contiguous(),
-            any((*wanted[2:4], *wanted[6:])),
+            any((*wanted[2:4], *wanted[5:])), starts, ends,
         )
         grad_x, sums = results[0], results[-1]
         grad_last = results[1] if last is not None and wanted[4] else None
-        of_parameters = zip((weight, bias, *mixes), (*wanted[2:4], *wanted[6:]), strict=True)
+        of_parameters = zip((weight, bias, *mixes), (*wanted[2:4], *wanted[5:]), strict=True)
         parameters = [
             sums[row].view(parameter.shape).to(parameter.dtype) if needed else None
             for row, (parameter, needed) in enumerate(of_parameters)
         ]
         return (
             grad_x if wanted[0] else None, grad_x if wanted[1] else None, *parameters[:2], grad_last, None,
-            *parameters[2:],
+            None, None, None, *parameters[2:],
         )
 
 
@@ -229,8 +255,11 @@ def norm_mix(
     sequences: Sequences | None = None,
 ) -> Mixed:
     """See ``contract.NormMix``."""
-    if x.numel() == 0 or len(x) > MOST_ROWS or sequences is not None:
+    if x.numel() == 0 or len(x) > MOST_ROWS:
         return plain.norm_mix(x, update, norm, last, mixes, sequences)
+    rows, starts, ends = len(x), None, None
+    if sequences is not None:
+        rows, (starts, ends) = len(sequences.lengths), sequences.edges(x.device)
     residual, after, *mixed = _NormMix.apply(
         x.contiguous(),
         None if update is None else update.contiguous(),
@@ -238,6 +267,9 @@ def norm_mix(
         norm.bias,
         None if last is None else last.contiguous(),
         norm.eps,
+        rows,
+        starts,
+        ends,
         *mixes,
     )
     return Mixed(residual, tuple(mixed), after)

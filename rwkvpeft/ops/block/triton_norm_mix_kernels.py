@@ -5,7 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rwkvpeft.ops.block.triton_tiles import load_optional_row, load_row, store_row
+from rwkvpeft.ops.block.triton_tiles import (
+    load_numbered_row,
+    load_optional_row,
+    load_row,
+    store_numbered_row,
+    store_row,
+)
 
 
 @triton.jit
@@ -35,7 +41,7 @@ def _mix(out, share, offset, cols, inside, row, towards):  # type: ignore[no-unt
 @triton.jit(do_not_specialize=["T", "each"])
 def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
     x, update, residual, weight, bias, last, s0, s1, s2, s3, s4, s5,  # noqa: ANN001
-    out0, out1, out2, out3, out4, out5, after, stats, T, C, eps, each,  # noqa: ANN001
+    out0, out1, out2, out3, out4, out5, after, stats, starts, ends, T, C, eps, each,  # noqa: ANN001
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Programs (neighbouring tokens, row): residual stream, mixtures, the last normed token, statistics."""
@@ -58,6 +64,10 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
         row, mean, scale = _normed(row, weight, bias, cols, inside, C, eps)
         tl.store(stats + first + token, mean)
         tl.store(stats + tokens + first + token, scale)
+        if starts is not None:
+            sequence = tl.load(starts + token)
+            before = tl.where(sequence >= 0, load_numbered_row(last, sequence, C, cols), before)
+            store_numbered_row(after, tl.load(ends + token), C, cols, row)
         towards = before - row
         _mix(out0, s0, offset, cols, inside, row, towards)
         if COUNT > 1:
@@ -71,8 +81,9 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
         if COUNT > 5:
             _mix(out5, s5, offset, cols, inside, row, towards)
         before = row
-    if end == T:
-        store_row(after, batch.to(tl.int64) * C, cols, inside, before)
+    if starts is None:  # noqa: SIM102 of a packed row the compiler must not see what is inside
+        if end == T:
+            store_row(after, batch.to(tl.int64) * C, cols, inside, before)
 
 
 @triton.jit
@@ -105,7 +116,8 @@ def _spread_all(  # type: ignore[no-untyped-def]  # noqa: ANN202
 @triton.jit(do_not_specialize=["T", "each"])
 def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
     residual, stats, weight, s0, s1, s2, s3, s4, s5, g0, g1, g2, g3, g4, g5,  # noqa: ANN001
-    grad_residual, grad_after, grad_x, grad_last, T, C, each, COUNT: tl.constexpr, BLOCK: tl.constexpr,  # noqa: ANN001
+    grad_residual, grad_after, grad_x, grad_last, starts, ends, T, C, each,  # noqa: ANN001
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Programs (neighbouring tokens, row), from the last token to the first: gradients of x and of the token before."""
     batch = tl.program_id(1)
@@ -118,15 +130,21 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
     row_of_batch = batch.to(tl.int64) * C
 
     # what the token after this program's last one gives to it
-    follows = cols < tl.where(end < T, C, 0)
+    passes = end < T
+    if starts is not None:
+        passes = tl.load(starts + end, mask=passes, other=0) < 0
+    follows = cols < tl.where(passes, C, 0)
     zeros = tl.zeros([BLOCK], tl.float32)
     _, passed = _spread_all(
         g0, g1, g2, g3, g4, g5, s0, s1, s2, s3, s4, s5, (first + end) * C, cols, follows, zeros, COUNT
     )
-    passed += load_optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
+    if starts is None:
+        passed += load_optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
     for step in range(0, end - start):
         token = end - 1 - step
         offset = (first + token) * C
+        if starts is not None:
+            passed += load_numbered_row(grad_after, tl.load(ends + token), C, cols)
         own, passed = _spread_all(
             g0, g1, g2, g3, g4, g5, s0, s1, s2, s3, s4, s5, offset, cols, inside, passed, COUNT
         )
@@ -136,7 +154,12 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
         own = scale * (own - tl.sum(own, axis=0) / C - row * (tl.sum(own * row, axis=0) / C))
         own += load_optional_row(grad_residual, offset, cols, inside)
         store_row(grad_x, offset, cols, inside, own)
-    if grad_last is not None:  # noqa: SIM102 where it is None, the compiler must not see what is inside
+        if starts is not None:
+            sequence = tl.load(starts + token)
+            if grad_last is not None:
+                store_numbered_row(grad_last, sequence, C, cols, passed)
+            passed = tl.where(sequence >= 0, 0.0, passed)
+    if starts is None and grad_last is not None:  # noqa: SIM102 where it is None, the compiler must not see inside
         if start == 0:
             store_row(grad_last, row_of_batch, cols, inside, passed)
 
@@ -156,7 +179,7 @@ def _gather(  # type: ignore[no-untyped-def]  # noqa: ANN202
 @triton.jit(do_not_specialize=["T", "each"])
 def parameters_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
     residual, stats, weight, bias, last, s0, s1, s2, s3, s4, s5, g0, g1, g2, g3, g4, g5,  # noqa: ANN001
-    grad_after, partial, T, C, each, COUNT: tl.constexpr, BLOCK: tl.constexpr,  # noqa: ANN001
+    grad_after, partial, starts, ends, T, C, each, COUNT: tl.constexpr, BLOCK: tl.constexpr,  # noqa: ANN001
 ):
     """Programs (neighbouring tokens, row, channels): their sums for the gradients of weight, bias and shares."""
     batch = tl.program_id(1)
@@ -182,8 +205,17 @@ def parameters_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
         offset = (first + token) * C
         row = (load_row(residual, offset, cols, inside) - tl.load(stats + first + token))
         row *= tl.load(stats + tokens + first + token)
-        has_before = tl.where(token > 0, 1.0, 0.0)
-        towards = tl.where(token > 0, before * gamma + beta, before_all) - (row * gamma + beta)
+        follows = token > 0
+        if starts is not None:
+            sequence = tl.load(starts + token)
+            follows = sequence < 0
+            before = tl.where(follows, before, 0.0)
+            before_all = load_numbered_row(last, sequence, C, cols)
+            given = load_numbered_row(grad_after, tl.load(ends + token), C, cols)
+            sum_gamma += given * row
+            sum_beta += given
+        has_before = tl.where(follows, 1.0, 0.0)
+        towards = tl.where(follows, before * gamma + beta, before_all) - (row * gamma + beta)
         sum0, sum_gamma, sum_beta = _gather(
             g0, s0, offset, cols, inside, row, before, towards, has_before, sum0, sum_gamma, sum_beta
         )
@@ -208,9 +240,10 @@ def parameters_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201
                 g5, s5, offset, cols, inside, row, before, towards, has_before, sum5, sum_gamma, sum_beta
             )
         before = row
-    given = load_optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
-    sum_gamma += given * before
-    sum_beta += given
+    if starts is None:
+        given = load_optional_row(grad_after, row_of_batch, cols, cols < tl.where(end == T, C, 0))
+        sum_gamma += given * before
+        sum_beta += given
 
     partial += (batch.to(tl.int64) * tl.num_programs(0) + chunk) * (COUNT + 2) * C + cols
     tl.store(partial, sum_gamma, mask=inside)

@@ -33,9 +33,23 @@ def load_optional_row(pointer, offset, cols, inside):  # type: ignore[no-untyped
 
 
 @triton.jit
+def load_numbered_row(pointer, number, C, cols):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """That row of a (rows, C) matrix in fp32; zeros if the number is negative or the pointer None."""
+    there = cols < tl.where(number >= 0, C, 0)
+    return load_optional_row(pointer, tl.maximum(number, 0).to(tl.int64) * C, cols, there)
+
+
+@triton.jit
 def store_row(pointer, offset, cols, inside, row):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Write ``row`` where ``inside``, rounded to what the pointer points at."""
     tl.store(pointer + offset + cols, row.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_numbered_row(pointer, number, C, cols, row):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Write that row of a (rows, C) matrix, unless its number is negative."""
+    there = cols < tl.where(number >= 0, C, 0)
+    store_row(pointer, tl.maximum(number, 0).to(tl.int64) * C, cols, there, row)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from rwkvpeft.ops.block.contract import KeyParameters, Norm
 from rwkvpeft.ops.block.plain import PLAIN
 from rwkvpeft.ops.block.trial import CALLS, draw, objection, results_of
 from rwkvpeft.ops.contract import Needs
+from rwkvpeft.ops.sequences import Sequences
 from rwkvpeft.ops.trial import relative_error
 
 pytest.importorskip("triton")
@@ -48,8 +49,8 @@ def test_frozen_parameters_change_no_other_gradient(name):
     assert_close(*both(name, frozen=PARAMETERS))
 
 
-@pytest.mark.parametrize("frozen", ["c", "p", "xl", "xs"])
-@pytest.mark.parametrize("name", ["norm_mix", "mix_by_token"])
+@pytest.mark.parametrize("frozen", ["c", "p", "xlq", "xs"])
+@pytest.mark.parametrize("name", [name for name in CALLS if "mix" in name])
 def test_some_inputs_may_be_frozen_alone(name, frozen):
     assert_close(*both(name, frozen=frozen))
 
@@ -95,6 +96,25 @@ def test_norm_and_mix_without_a_token_before(update):
         outputs = [mixed.residual, mixed.last, *mixed.tokens]
         loss = sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs)
         return [*outputs, *torch.autograd.grad(loss, [x, weight, bias, share])]
+
+    assert_close(results(TRITON, torch.float32), results(PLAIN, torch.float64))
+
+
+@pytest.mark.parametrize("lengths", [(10,), (4, 4, 2), (1, 1, 0, 3, 5)])
+def test_packed_sequences_without_a_token_before(lengths, monkeypatch):
+    for module in ("triton_norm_mix", "triton_mix_by_token"):
+        monkeypatch.setattr(f"rwkvpeft.ops.block.{module}.tokens_each", lambda *_, **__: 4)
+    sequences = Sequences(lengths)
+
+    def results(ops, dtype):
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in
+                  draw("xccps" + "ppppp", torch.float32, heads=3, head_size=8, batch=1, tokens=10)]
+        x, weight, bias, share, shares, *mixes = inputs
+        mixed = ops.norm_mix(x, None, Norm(weight, bias, 1e-5), None, (None, share), sequences)
+        by_token = ops.mix_by_token(x, None, None, shares, mixes, sequences)
+        outputs = [mixed.residual, mixed.last, *mixed.tokens, *by_token]
+        loss = sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs)
+        return [*outputs, *torch.autograd.grad(loss, inputs)]
 
     assert_close(results(TRITON, torch.float32), results(PLAIN, torch.float64))
 
