@@ -106,7 +106,8 @@ def task_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for task, figures in found["tasks"].items():
         for name, value in figures.items():
-            if "_stderr" in name:
+            # how many questions were asked is no result
+            if "_stderr" in name or name == "sample_len":
                 continue
             metric, _, filtered = name.partition(",")
             spread = figures.get(f"{metric}_stderr,{filtered}" if filtered else f"{metric}_stderr")
