@@ -38,7 +38,7 @@ def run_step(model: Rwkv, objective: Objective, rows: int, tokens: int, *, accum
         over) and ``backward`` (of all others); of all chunks, if the objective works in chunks.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tally = _Tally([*model.parameters(), *model.buffers()])
+    tally = Tally([*model.parameters(), *model.buffers()])
     gathered = sum(parameter.nbytes for parameter in trained) if isinstance(objective, LongContext) else 0
     with tally:
         if accumulates:
@@ -64,7 +64,7 @@ def bytes_kept(model: Rwkv, rows: int, tokens: int) -> int:
     Args:
         rows, tokens: of the micro-batch.
     """
-    tally = _Tally([*model.parameters(), *model.buffers()])
+    tally = Tally([*model.parameters(), *model.buffers()])
     with tally:
         # named, so that its graph lives until the figure is read; the states do not
         hidden = model.hidden(torch.empty(rows, tokens, dtype=torch.int64, device="meta"))[0]
@@ -72,8 +72,8 @@ def bytes_kept(model: Rwkv, rows: int, tokens: int) -> int:
     return tally.alive
 
 
-class _Tally(TorchDispatchMode):
-    """Bytes of all storages made while it is active and still alive."""
+class Tally(TorchDispatchMode):
+    """Bytes of all storages made while it is active and still alive; ``worst`` of each ``phase``."""
 
     def __init__(self, at_rest: list[Tensor]) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _Tally(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in at_rest}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default:
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             # which tokens are trained is not known: as many as there are
             made = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
         elif func in BODIES:
@@ -113,6 +113,7 @@ class _Tally(TorchDispatchMode):
         self.alive -= size
 
     def add_gradient(self, parameter: Tensor) -> None:
+        """Count a gradient that has just arrived."""
         assert parameter.grad is not None
         self.gradients += parameter.grad.nbytes
 

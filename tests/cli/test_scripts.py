@@ -31,6 +31,7 @@ TRAIN = {
     "run_qpissa.sh": "pissa",
     "run_profile.sh": "none",
     "run_adalora.sh": "adalora",
+    "run_infctx.sh": "lora",
     "demo-state-tuning.sh": "state",
 }
 MERGE = {
@@ -96,6 +97,11 @@ def test_the_pre_training_script_ends_by_tokens_in_stage_3(command_line, tmp_pat
     assert (config.schedule.train_stage, config.data.dataload, config.data.magic_prime) == (3, "get", 5)
     assert config.schedule.epoch_steps * config.schedule.micro_bsz == 40320
     assert config.schedule.my_exit_tokens == 400000
+
+
+def test_the_script_for_long_rows_trains_in_chunks_with_exact_gradients(command_line):
+    long = resolved(command_line("run_infctx.sh", chunk_ctx="32")).long_context
+    assert (long.infctx, long.chunk_ctx, long.infctx_grad) == (True, 32, "exact")
 
 
 def test_the_quantised_scripts_quantise(command_line):

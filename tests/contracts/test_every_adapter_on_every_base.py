@@ -10,6 +10,9 @@ import torch
 from rwkvpeft.checkpoints.adapter import load_adapter
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.checkpoints.merge import merge_files
+from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.objectives.language_modelling import LanguageModelling
+from rwkvpeft.objectives.long_context import LongContext
 
 
 def close(combination, found, expected, *, fp32):
@@ -36,6 +39,17 @@ def test_only_the_adapters_tensors_get_gradients(case, ids):
     trained = {id(tensor) for tensor in case.tuned.adapter.trained_tensors(model).values()}
     assert {id(parameter) for parameter in model.parameters() if parameter.grad is not None} == trained
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_exact_gradients_in_chunks_are_those_of_the_whole_row(case, ids):
+    model, labels = case.tuned.model, ids[:, 1:]
+    batch = TokenBatch(ids[:, :-1], labels, torch.ones(labels.shape), torch.tensor(float(labels.numel())))
+    found = []
+    for objective in (LanguageModelling(1e-2), LongContext(LanguageModelling(1e-2), 5, exact=True)):
+        model.zero_grad(set_to_none=True)
+        objective(model, batch).total.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    close(case.combination, found[1], found[0], fp32=2e-5)
 
 
 def test_ten_steps_lower_the_loss(case, ids):

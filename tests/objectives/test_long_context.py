@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import cache
 from itertools import pairwise
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rwkvpeft.adapters.build import build_adapter
 from rwkvpeft.checkpoints.load import build_model, fill_model, load_model, operator_of
@@ -30,6 +27,7 @@ from rwkvpeft.config.groups import (
 )
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import ContractError
+from rwkvpeft.memory.dry_run import Tally
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.objectives.language_modelling import LanguageModelling
@@ -336,7 +334,7 @@ def test_no_activations_of_a_chunk_are_left_when_the_next_one_runs():
 
     def alive(chunks):
         found = []
-        with TallyOfStorages() as tally:
+        with Tally([*model.parameters()]) as tally:
             hook = model.emb.register_forward_pre_hook(lambda *_: found.append(tally.alive))
             outcome(model, chunks, batch)
             hook.remove()
@@ -350,27 +348,12 @@ def test_no_activations_of_a_chunk_are_left_when_the_next_one_runs():
     assert max(cut[2:]) <= cut[1]
 
 
-class TallyOfStorages(TorchDispatchMode):
-    """Bytes of storages made inside and still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.known:
-                storage = leaf.untyped_storage()
-                self.known.add(storage._cdata)
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
-        return made
-
-    def _remove(self, key, size):
-        self.known.discard(key)
-        self.alive -= size
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_second_backward_pass_is_refused(exact):
+    loss = LongContext(PER_TOKEN, 4, exact=exact)(new_model("x070"), batch_of(11)).total
+    loss.backward(retain_graph=True)
+    with pytest.raises(ContractError, match="once"):
+        loss.backward()
 
 
 def test_a_packed_row_is_refused():
