@@ -170,7 +170,7 @@ class _Work:
         return loss.total, after
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
-        """Gradients of the trained parameters, ``grad`` () being that of the loss. Raises: ContractError if repeated."""
+        """Gradients of the trained parameters; ``grad`` () is that of the loss. Raises: ContractError if repeated."""
         if not self._stand_ins:
             raise ContractError("rows in chunks are differentiated once: nothing is kept for a second time")
         if self._late:
