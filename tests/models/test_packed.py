@@ -184,12 +184,13 @@ def interpreted():
 def test_fused_block_operators_leak_nothing(version, states, level):
     model = make_model(version, block_ops=interpreted(), dtype=torch.float32, layers=1)
     model.recompute = level
-    check(model, (2, 0, 3), states=states, limit=1e-5)
+    check(model, (2, 0, 1), states=states, limit=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_triton_recurrences_leak_nothing(version):
     interpreted()
-    model = make_model(version, "triton", dtype=torch.float32, layers=1, embd=64, head_size=64)
-    check(model, (3, 0, CHUNK + 2), states="given", limit=3e-5)
+    size = 64 if version == "x070" else 32
+    model = make_model(version, "triton", dtype=torch.float32, layers=1, embd=size, head_size=size)
+    check(model, (3, 0, 2), states="given", limit=3e-5)
