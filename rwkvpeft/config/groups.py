@@ -53,7 +53,7 @@ class DataConfig:
     data_file: str = flag(
         "",
         help="training data: PREFIX of PREFIX.bin and PREFIX.idx, a .jsonl file, or what --data_type says; several "
-        "with their shares as a.jsonl:3,b.jsonl:1",
+        "with their shares as a.jsonl:3,b.jsonl:1, of which the first says how long a pass is",
         metavar="FILE",
     )
     data_type: str = flag(
@@ -284,7 +284,7 @@ class LongContextConfig:
     chunk_ctx: int = flag(512, help="with --infctx: tokens of a chunk", unit="tokens")
     infctx_grad: str = flag(
         "truncated",
-        help="truncated: gradients end at the borders of chunks; exact: those of one long pass, for about a quarter "
+        help="truncated: gradients end at the borders of chunks; exact: those of one long pass, for about a third "
         "more time",
         choices=("truncated", "exact"),
     )
