@@ -32,6 +32,7 @@ TRAIN = {
     "run_profile.sh": "none",
     "run_adalora.sh": "adalora",
     "run_infctx.sh": "lora",
+    "run_packed.sh": "lora",
     "demo-state-tuning.sh": "state",
 }
 MERGE = {
@@ -102,6 +103,10 @@ def test_the_pre_training_script_ends_by_tokens_in_stage_3(command_line, tmp_pat
 def test_the_script_for_long_rows_trains_in_chunks_with_exact_gradients(command_line):
     long = resolved(command_line("run_infctx.sh", chunk_ctx="32")).long_context
     assert (long.infctx, long.chunk_ctx, long.infctx_grad) == (True, 32, "exact")
+
+
+def test_the_script_for_packed_rows_packs(command_line):
+    assert resolved(command_line("run_packed.sh")).data.dataload == "pack"
 
 
 def test_the_quantised_scripts_quantise(command_line):
