@@ -74,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ctx_len", type=int, default=128)
     parser.add_argument("--micro_bsz", type=int, default=8)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr_init", type=float, default=6e-4, help="it falls to a tenth")
     parser.add_argument("--op", default="torch", help="our program for the recurrence")
     parser.add_argument("--again", action="store_true", help="run RWKV-LM a second time, with two threads")
     parser.add_argument("--keep", help="folder for data, weights, logs and loss.png; otherwise nothing is kept")
@@ -98,7 +99,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data_file": str(prefix), "magic_prime": magic_prime(source.n_tokens, options.ctx_len),
         # a step more, for both end when the tokens are reached
         "my_exit_tokens": (options.steps + 1) * options.micro_bsz * options.ctx_len,
-        "lr_init": 6e-4, "lr_final": 6e-5, "warmup_steps": 10, "weight_decay": 0.001, "adam_eps": 1e-18,
+        "lr_init": options.lr_init, "lr_final": options.lr_init / 10, "warmup_steps": 10, "weight_decay": 0.001, "adam_eps": 1e-18,
     }
 
 
