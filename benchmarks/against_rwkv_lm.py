@@ -99,7 +99,8 @@ def _settings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data_file": str(prefix), "magic_prime": magic_prime(source.n_tokens, options.ctx_len),
         # a step more, for both end when the tokens are reached
         "my_exit_tokens": (options.steps + 1) * options.micro_bsz * options.ctx_len,
-        "lr_init": options.lr_init, "lr_final": options.lr_init / 10, "warmup_steps": 10, "weight_decay": 0.001, "adam_eps": 1e-18,
+        "lr_init": options.lr_init, "lr_final": options.lr_init / 10, "warmup_steps": 10,
+        "weight_decay": 0.001, "adam_eps": 1e-18,
     }
 
 
