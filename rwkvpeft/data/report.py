@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_MUCH_PADDING = 0.5
+
 
 @dataclass(frozen=True)
 class MixedPart:
@@ -29,6 +31,7 @@ class DataReport:
         empty_rows: rows without a trained token, which are left out.
         scanned_documents: how many documents, from the first, the counts of trained tokens and empty rows are about.
         mixed: the parts of a mixture; empty for one data set.
+        padding: tokens of all rows that are padding up to ctx_len.
         packed_documents, packed_tokens: documents in ``rows`` and their inputs, where rows hold several.
         notes: how the files are read.
     """
@@ -43,6 +46,7 @@ class DataReport:
     empty_rows: int
     scanned_documents: int
     mixed: tuple[MixedPart, ...] = ()
+    padding: int = 0
     packed_documents: int = 0
     packed_tokens: int = 0
     notes: tuple[str, ...] = ()
@@ -50,7 +54,8 @@ class DataReport:
     @staticmethod
     def of_all(reports: Sequence[DataReport], mixed: tuple[MixedPart, ...]) -> DataReport:
         """The counts of several data sets together."""
-        summed = ("documents", "tokens", "rows", "trained_tokens", "cut_endings", "empty_rows", "scanned_documents")
+        summed = ("documents", "tokens", "rows", "trained_tokens", "cut_endings", "empty_rows", "scanned_documents",
+                  "padding")
         return DataReport(
             **{name: sum(getattr(report, name) for report in reports) for name in summed},
             longest=max(report.longest for report in reports),
@@ -77,6 +82,9 @@ class DataReport:
             )
             lines.append(f"mixed: {parts}")
         lines += [f"note: {note}" for note in self.notes]
+        share = self.padding / max(1, self.rows * self.ctx_len)
+        if share > _MUCH_PADDING:
+            lines.append(f"note: {100 * share:.0f} % of the rows is padding, which --dataload pack leaves out")
         if self.cut_endings:
             share = 100 * self.cut_endings / self.documents
             lines.append(

@@ -183,6 +183,7 @@ class DocumentRows(DocumentDataset):
             cut_endings=int((sizes > self.ctx_len + 1).sum()),
             empty_rows=len(sizes) - len(self),
             scanned_documents=self._scanned,
+            padding=int((self.ctx_len - self.lengths).sum(dtype=np.int64)) if self.joining == "equal" else 0,
         )
 
     def _continued(self, document: int) -> NDArray[np.integer]:

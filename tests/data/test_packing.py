@@ -144,6 +144,14 @@ def test_the_report_tells_how_full_the_rows_are(config):
     assert f"packed: {len(SIZES) / rows:.1f} documents a row, {filled:.1f} % of it filled" in text
 
 
+def test_much_padding_is_told_where_packing_would_spare_it(config):
+    padded = open_rows(replace(config, dataload="pad"), ctx_len=64).report().render()
+    tokens = sum(SIZES) - len(SIZES)
+    assert f"note: {100 - 100 * tokens / 64 / len(SIZES):.0f} % of the rows is padding" in padded
+    assert "padding" not in open_rows(replace(config, dataload="pad"), ctx_len=8).report().render()
+    assert "padding" not in open_rows(config, ctx_len=64).report().render()
+
+
 def test_a_preview_shows_each_document_of_a_row_on_its_own(tmp_path):
     write_binidx(tmp_path / "data", [np.array([*text.encode(), 0]) for text in ("ab", "cd")])
     config = DataConfig(data_file=str(tmp_path / "data"), tokenizer="bytes", dataload="pack", data_shuffle=0)
