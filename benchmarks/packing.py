@@ -1,6 +1,7 @@
 """What packing saves on short documents: the quickstart's task, padded, padded by similar lengths, and packed.
 
     python benchmarks/packing.py
+    python benchmarks/packing.py --packing     instead: the time to pack a million documents, and how full rows get
     python benchmarks/packing.py --ctx_len 160 --epochs 9    the quickstart's own rows, of which a third is padding
 
 Every run is one of train.py in a fresh process on one thread, with LoRA and the quickstart's rates, over the same
@@ -14,10 +15,14 @@ import argparse
 import json
 import resource
 import statistics
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from methods import DATA, MODEL, STEPS_NOT_TIMED, THIN, call, heldout_loss
+
+from rwkvpeft.data.packing import pack_tightly
 
 
 class Run(NamedTuple):
@@ -73,6 +78,18 @@ def mean_length() -> float:
     return statistics.mean(sum(len(turn["content"]) for turn in record["messages"]) for record in records)
 
 
+def time_packing() -> None:
+    """Print what packing a million documents of random lengths takes, without training."""
+    draw = np.random.default_rng(0)
+    for longest in (1024, 4096, 65536):
+        lengths = np.clip(draw.lognormal(np.log(longest / 8), 1, 10**6), 1, longest).astype(np.int64)
+        start = time.perf_counter()
+        packing = pack_tightly(lengths, longest)
+        seconds = time.perf_counter() - start
+        filled = 100 * lengths.sum() / len(packing) / longest
+        print(f"10^6 documents of up to {longest:,} tokens: {seconds:.2f} s, rows {filled:.2f} % full")
+
+
 def main() -> None:
     """Run all kinds of rows and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,7 +98,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4, help="documents at a step (default 4, as the quickstart)")
     parser.add_argument("--output", type=Path, default=Path("out/packing"), help="folder of the runs")
     parser.add_argument("--only", default="", help="the one kind of rows to run: padded, similar lengths or packed")
+    parser.add_argument("--packing", action="store_true", help="time the packing alone")
     flags = parser.parse_args()
+    if flags.packing:
+        time_packing()
+        return
     print(f"untrained: held-out loss {heldout_loss(MODEL):.3f}")
     print(f"{'rows':16} {'steps':>6} {'tokens a step':>14} {'s a step':>9} {'s in all':>9} {'CPU s':>7} {'loss':>9}")
     first = None
