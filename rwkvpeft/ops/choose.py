@@ -135,6 +135,9 @@ def _fastest(found: _Field, needs: Needs, bench: Bench | None) -> Choice:
     for name, backend in list(found.backends.items()):
         if waits_for := backend.waits_for():
             found.drop(name, waits_for)
+        elif needs.packed and not backend.packed:
+            # timed on one long row it may be the fastest, and then launch once for each short document
+            found.drop(name, "runs each document of a packed row alone")
     if bench is None:
         order = list(found.backends)
     elif needs.training and needs.groups and needs.tokens:

@@ -28,6 +28,7 @@ class Needs:
         head_size: N.
         training: whether gradients are needed.
         batch, tokens, heads: B, T and H of a call, on which speed depends; 0 where they are not known.
+        packed: whether rows hold several sequences.
     """
 
     device_type: str
@@ -37,6 +38,7 @@ class Needs:
     batch: int = 0
     tokens: int = 0
     heads: int = 0
+    packed: bool = False
 
     @property
     def groups(self) -> int:

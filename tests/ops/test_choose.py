@@ -244,6 +244,14 @@ def test_auto_leaves_alone_what_is_not_built_and_says_so(row):
     assert "cuda" not in gpu.tried
 
 
+def test_auto_passes_over_what_would_run_each_document_of_a_packed_row_alone(row):
+    row(triton="TRITON")
+    gpu = Gpu(times={"triton": 0.2, "torch": 3.4})
+    choice = choose_backend("wkv7", "auto", dataclasses.replace(ON_GPU, packed=True), gpu.bench)
+    assert choice.report.startswith("wkv7 by torch")
+    assert "wkv7 by triton: runs each document of a packed row alone" in choice.listing
+
+
 def test_what_is_not_built_is_taken_when_asked_for(row):
     row(cuda="UNBUILT")
     assert choose_backend("wkv7", "cuda", ON_GPU, Gpu().bench).report == "wkv7 by cuda, as asked"
