@@ -69,7 +69,7 @@ def cosine_by_tokens(
     tokens: int, *, exit_tokens: int, warmup_tokens: int, lr_init: float, lr_final: float
 ) -> float:
     """Half a cosine from ``lr_init`` to ``lr_final`` over the tokens after the warm-up, as RWKV-LM counts them."""
-    progress = max(0.0, min(1.0, (tokens - warmup_tokens) / (exit_tokens - warmup_tokens)))
+    progress = max(0.0, min(1.0, (tokens - warmup_tokens) / max(exit_tokens - warmup_tokens, 1)))
     share = lr_final / lr_init
     return lr_init * ((0.5 + share / 2) + (0.5 - share / 2) * math.cos(math.pi * progress))
 

@@ -116,6 +116,13 @@ def test_negative_tokens_give_the_mean_of_both_schedules():
     assert [both(step) for step in range(12)] == pytest.approx([(steps(i) + tokens(i)) / 2 for i in range(12)])
 
 
+@pytest.mark.parametrize("warmup_steps", [10, 40])
+def test_tokens_that_end_within_the_warm_up_leave_the_rate_rising(warmup_steps):
+    config = ScheduleConfig(lr_init=1.0, lr_final=0.1, warmup_steps=warmup_steps, my_exit_tokens=80)
+    schedule = build_schedule(config, epoch_steps=10, batch_tokens=8)
+    assert schedule(9) == pytest.approx(0.01 + 0.99 * 9 / warmup_steps)
+
+
 def test_a_later_stage_goes_on_where_the_schedule_stood():
     config = ScheduleConfig(epoch_count=4, lr_init=1.0, lr_final=0.1, warmup_steps=2, lr_schedule="exp")
     for tokens in (0, 320):
