@@ -73,7 +73,7 @@ def test_bad_json_on_line_7(mistake, tmp_path):
 def test_a_context_that_no_memory_holds(mistake):
     text = mistake("--peft", "none", "--ctx_len", "100000000", "--micro_bsz", "64")
     assert "memory" in text
-    assert "--ctx_len" in text
+    assert "--infctx" in text
 
 
 def test_a_wrong_width(mistake, tiny_model):
