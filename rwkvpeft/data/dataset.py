@@ -16,7 +16,7 @@ from rwkvpeft.data.rows import DocumentRows, Joining, Row, RowDataset, WindowRow
 from rwkvpeft.data.rules import mask_rule
 from rwkvpeft.data.sampling import mix
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.splitting import shared_out, split_source
+from rwkvpeft.data.splitting import shared_out, split_source, without_copies
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import SOURCES, find
@@ -51,7 +51,8 @@ def open_dataset(config: DataConfig, *, ctx_len: int, vocab_size: int, seed: int
 def open_split(
     config: DataConfig, share: float, *, ctx_len: int, vocab_size: int, seed: int
 ) -> tuple[RowDataset, RowDataset]:
-    """``open_dataset`` without some of the documents, and the rows of those documents. No document is in both.
+    """``open_dataset`` without some of the documents, and the rows of those documents. No document is in both, nor is
+    a copy of one.
 
     Which documents are held out does not depend on ``seed``: another run holds out the same.
 
@@ -71,6 +72,8 @@ def open_split(
         kept.append(part._replace(source=trained))
         if other is not None:
             held_out.append(part._replace(source=other))
+    apart = [part.source for part in held_out]
+    kept = [part._replace(source=without_copies(part.source, apart)) for part in kept]
     return _rows(config, kept, ctx_len, seed), _rows(replace(config, magic_prime=0), held_out, ctx_len, seed)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkvpeft.data.sampling import mix, permute
+from rwkvpeft.data.sampling import mix, permute_many
 from rwkvpeft.data.source import Tokens, TokenSource
 from rwkvpeft.data.voices import Spoken
 from rwkvpeft.errors import ContractError, UserError
+
+# tokens at either end of a document that are compared first
+_COMPARED = 32
 
 
 class DocumentsOf(TokenSource):
@@ -20,10 +24,14 @@ class DocumentsOf(TokenSource):
     ``stream`` is that of the whole source, for its type; what is read goes through ``read`` and ``tokens``.
     """
 
-    def __init__(self, source: TokenSource, documents: NDArray[np.int64], name: str) -> None:
-        """Args: ``documents``: their numbers in ``source``, ascending; ``name``: for messages."""
+    def __init__(
+        self, source: TokenSource, documents: NDArray[np.int64], name: str, notes: tuple[str, ...] = ()
+    ) -> None:
+        """Args: ``documents``: their numbers in ``source``, ascending; ``name``: for messages; ``notes``: beside those
+        of ``source``."""
         self.name = name
-        self.notes = source.notes
+        self.notes = (*source.notes, *notes)
+        self._own_notes = notes
         self.source = source
         self.documents = documents
         self.stream = source.stream
@@ -60,6 +68,10 @@ class DocumentsOf(TokenSource):
         """See ``TokenSource``: all documents of the whole source are compared."""
         self.source.check(vocab_size)
 
+    def __reduce__(self) -> tuple[type[DocumentsOf], tuple[TokenSource, NDArray[np.int64], str, tuple[str, ...]]]:
+        # the stream would be pickled as it lies in the file
+        return DocumentsOf, (self.source, self.documents, self.name, self._own_notes)
+
 
 def split_source(source: TokenSource, share: float, seed: int) -> tuple[DocumentsOf, DocumentsOf]:
     """Part a source's documents into those to train on and those held out; no document is in both.
@@ -80,11 +92,51 @@ def split_source(source: TokenSource, share: float, seed: int) -> tuple[Document
         )
     key = mix(seed, n)
     is_held_out = np.zeros(n, dtype=bool)
-    is_held_out[[permute(number, n, key) for number in range(n_held_out)]] = True
+    is_held_out[permute_many(np.arange(n_held_out), n, key)] = True
     return (
         DocumentsOf(source, np.flatnonzero(~is_held_out), f"what is not held out of {source.name}"),
         DocumentsOf(source, np.flatnonzero(is_held_out), f"what is held out of {source.name}"),
     )
+
+
+def without_copies(source: TokenSource, held_out: Sequence[TokenSource]) -> TokenSource:
+    """A source without the documents that are, token for token, held out elsewhere: data that ``make_data.py`` wrote
+    for several epochs hold each document as often.
+
+    Of documents as long as a held-out one the ends are read, and what lies between only where the ends agree.
+    Raises: UserError if no document is left.
+    """
+    # [size, ends] of the documents held out, and what tells those from each other
+    ends = {_ends_of(part.read(index)) for part in held_out for index in range(len(part))}
+    whole = {_digest(part.read(index)) for part in held_out for index in range(len(part))}
+    sizes = np.concatenate([part.sizes for part in held_out])
+    is_copy = np.zeros(len(source), dtype=bool)
+    for index in np.flatnonzero(np.isin(source.sizes, sizes)).tolist():
+        tokens = source.read(index)
+        is_copy[index] = _ends_of(tokens) in ends and _digest(tokens) in whole
+    n_copies = int(is_copy.sum())
+    if not n_copies:
+        return source
+    if n_copies == len(source):
+        raise UserError(
+            f"--val_split leaves nothing of {source.name}: every document is a copy of a held-out one",
+            fix="data that hold each document once, as make_data.py with N_EPOCH 1 writes them",
+        )
+    note = f"{n_copies:,} copies of held-out documents are not trained on; data that hold each document once lose none"
+    kept = np.flatnonzero(~is_copy)
+    if isinstance(source, DocumentsOf):
+        return DocumentsOf(source.source, source.documents[kept], source.name, (note,))
+    return DocumentsOf(source, kept, source.name, (note,))
+
+
+def _ends_of(tokens: Tokens) -> bytes:
+    ends = np.concatenate([[len(tokens)], tokens[:_COMPARED], tokens[-_COMPARED:]])
+    return ends.astype(np.int64).tobytes()
+
+
+def _digest(tokens: Tokens) -> bytes:
+    # sources of one run may hold tokens in different types
+    return hashlib.blake2b(tokens.astype(np.int64).tobytes(), digest_size=16).digest()
 
 
 def held_out_count(n: int, share: float) -> int:

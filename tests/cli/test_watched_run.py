@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from rwkvpeft.checkpoints.adapter import load_recipe
+from rwkvpeft.data.binidx import write_binidx
 
 LORA = ("--peft", "lora", "--peft_config", '{"r": 2}', "--loss_mask", "qa", "--sample_tokens", "4")
 
@@ -19,16 +21,26 @@ def prompts(tmp_path):
     return path
 
 
+@pytest.fixture
+def different(tmp_path):
+    """Conversations none of which is a copy of another, for a part of them to be held out."""
+    texts = [f"User: Is {number} odd?\n\nAssistant: {('No', 'Yes')[number % 2]}.\0" for number in range(8)]
+    write_binidx(tmp_path / "different", [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
+    return tmp_path / "different"
+
+
 def records(tmp_path, name):
     return [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
 
 
-def test_a_watched_run_leaves_evaluations_answers_the_best_checkpoint_and_a_report(train, tmp_path, prompts):
+def test_a_watched_run_leaves_evaluations_answers_the_best_checkpoint_and_a_report(
+    train, tmp_path, prompts, different
+):
     text = tmp_path / "general.txt"
     text.write_text("Text of quite another kind. " * 4)
     code, out, errors = train(
-        *LORA, "--val_split", 2, "--val_steps", 1, "--sample_prompts", prompts, "--general_data_file", text,
-        "--general_alarm", 0,
+        *LORA, "--data_file", different, "--val_split", 2, "--val_steps", 1, "--sample_prompts", prompts,
+        "--general_data_file", text, "--general_alarm", 0,
     )
     assert code == 0, errors
     found = records(tmp_path, "val_data.jsonl")
@@ -104,8 +116,8 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_written(train, tmp
     ],
     ids=" ".join,
 )
-def test_every_way_of_rows_can_be_watched(train, tmp_path, words):
-    code, _, errors = train("--val_split", 3, "--report", "false", *words)
+def test_every_way_of_rows_can_be_watched(train, tmp_path, different, words):
+    code, _, errors = train("--data_file", different, "--val_split", 3, "--report", "false", *words)
     assert code == 0, errors
     losses = [line["val_loss"] for line in records(tmp_path, "val_data.jsonl")]
     # a random model of 256 tokens
@@ -114,8 +126,8 @@ def test_every_way_of_rows_can_be_watched(train, tmp_path, words):
     assert (tmp_path / "out" / "rwkv-best.pth").is_file()
 
 
-def test_a_run_from_an_adapter_file_is_compared_with_the_base_without_it(train, tmp_path):
-    words = ("--val_split", 2, "--report", "false", *LORA)
+def test_a_run_from_an_adapter_file_is_compared_with_the_base_without_it(train, tmp_path, different):
+    words = ("--data_file", different, "--val_split", 2, "--report", "false", *LORA)
     assert train(*words, "--proj_dir", tmp_path / "first", "--lr_init", 1e-1, "--lr_final", 1e-1)[0] == 0
     first = (tmp_path / "first" / "val_data.jsonl").read_text().splitlines()
     code, _, errors = train(*words, "--adapter", tmp_path / "first" / "rwkv-0.pth")

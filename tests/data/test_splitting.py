@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.binidx import write_binidx
+from rwkvpeft.data.binidx import BinidxSource, write_binidx
 from rwkvpeft.data.dataset import open_split
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.splitting import shared_out, split_source
+from rwkvpeft.data.splitting import shared_out, split_source, without_copies
 from rwkvpeft.errors import ContractError, UserError
 
 
@@ -119,3 +120,42 @@ def test_each_file_of_a_mixture_gives_its_part(config, tmp_path):
     trained, held_out = split(config, 6, data_file=files)
     assert (sum(first < 100 for first in firsts(held_out)), len(held_out)) == (4, 6)
     assert not set(firsts(trained)) & set(firsts(held_out))
+
+
+@pytest.mark.parametrize("dataload", ["pad", "pack", "get"])
+def test_no_copy_of_a_held_out_document_is_trained(config, tmp_path, dataload):
+    # as make_data.py writes them for several epochs, and once more in another file
+    copies = [np.array([number] * 7 + [0]) for number in [*range(1, 21)] * 2]
+    write_binidx(tmp_path / "copies", copies)
+    files = f"{tmp_path / 'copies'}:1,{config.data_file}:1"
+    trained, held_out = split(config, 6, data_file=files, dataload=dataload)
+    held = {int(token) for index in range(len(held_out)) for token in held_out.row(index).input_ids} - {0}
+    rows = [trained.row(index) for index in range(len(trained))]
+    seen = {int(token) for row in rows for token in (*row.input_ids, *row.labels)} - {0}
+    assert not held & seen
+    assert len(held | seen) == 20 or dataload == "get"
+    assert any("copies of held-out documents" in note for note in trained.report().notes)
+
+
+def test_documents_that_only_begin_and_end_alike_are_no_copies():
+    source = Numbers([200] * 4)
+    alike = [np.array([1] * 90 + [number] + [1] * 90) for number in range(4)]
+    source.sizes = np.array([181] * 4, dtype=np.int32)
+    source.starts = np.cumsum(source.sizes, dtype=np.int64) - source.sizes
+    source.stream = np.concatenate(alike)
+    trained, held_out = split_source(source, 1, seed=0)
+    assert without_copies(trained, [held_out]) is trained
+
+
+def test_data_that_repeat_one_document_cannot_be_split(tmp_path):
+    write_binidx(tmp_path / "data", [np.array([5, 6, 7, 0])] * 3)
+    with pytest.raises(UserError, match="a copy of a held-out one"):
+        split(DataConfig(data_file=str(tmp_path / "data"), tokenizer="bytes"), 1)
+
+
+def test_a_worker_is_sent_the_name_of_a_mapped_file_not_its_tokens(tmp_path):
+    write_binidx(tmp_path / "data", [np.arange(50_000) % 250 + 1] * 4)
+    trained, _ = split_source(BinidxSource(tmp_path / "data"), 1, seed=0)
+    sent = pickle.dumps(trained)
+    assert len(sent) < 5000
+    assert texts(pickle.loads(sent)) == texts(trained)
