@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,8 @@ def fit(
         # to count the rows that are trained would make the processor wait, which no recording can
         build_objective(config, compact=graphs is None, rows=loss_rows),
         schedule=build_schedule(
-            config.schedule,
+            # the data may have told how many mini-epochs the tokens take
+            replace(config.schedule, epoch_count=plan.epoch_count),
             epoch_steps=plan.epoch_steps,
             keeps_rate=keeps_rate,
             batch_tokens=_batch_tokens(config),

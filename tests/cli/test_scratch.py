@@ -129,6 +129,18 @@ def test_a_checkpoint_with_tensors_that_a_larger_model_has_no_place_for_is_refus
     assert not (tmp_path / "out").exists()
 
 
+def test_both_schedules_come_down_when_the_data_tell_how_long_a_mini_epoch_is(train, tmp_path):
+    rates = []
+    for epoch_steps in (0, 3):
+        folder = tmp_path / f"{epoch_steps}"
+        tokens = ("--my_exit_tokens", -6 * TOKENS, "--lr_schedule", "linear")
+        code, _, errors = train(*NEW, *tokens, "--epoch_steps", epoch_steps, "--proj_dir", folder)
+        assert code == 0, errors
+        rates.append([step["lr"] for step in log_of(folder)])
+    assert len(rates[0]) == 6
+    assert rates[0] == rates[1]
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
