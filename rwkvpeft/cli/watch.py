@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.config.check_evaluation import general_data, other_data
-from rwkvpeft.config.groups import DataConfig, TrainConfig
-from rwkvpeft.data.dataset import open_dataset, open_source, open_split
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.data.dataset import open_dataset, open_split, open_stream
 from rwkvpeft.data.prompts import Prompt, held_out_prompts, read_prompts
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
@@ -79,14 +79,9 @@ def make_watched(
 
 
 def _open_general(config: TrainConfig, vocab_size: int) -> RowDataset:
-    data: DataConfig = general_data(config.data, config.evaluation.general_data_file)
-    tokens = open_source(data).n_tokens
-    if tokens < 2:
-        raise UserError(f"--general_data_file {data.data_file} is too short", found=f"{tokens} tokens",
-                        expected="2 or more")
     assert config.data.ctx_len is not None
-    ctx_len = min(config.data.ctx_len, tokens - 1)
-    return open_dataset(data, ctx_len=ctx_len, vocab_size=vocab_size, seed=0)
+    data = general_data(config.data, config.evaluation.general_data_file)
+    return open_stream(data, ctx_len=config.data.ctx_len, vocab_size=vocab_size)
 
 
 def _prompts(

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rwkvpeft.config.check_sources import TEXTS
-from rwkvpeft.config.data_files import check_data_files, without_suffix
+from rwkvpeft.config.data_files import check_data_files, data_files, format_of, without_suffix
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import DataConfig, EvaluationConfig, TrainConfig
+from rwkvpeft.errors import UserError
 
 _AT_LEAST = {"val_split": 0, "val_steps": 0, "early_stop": 0, "general_alarm": 0, "sample_tokens": 1}
-_SUFFIXES = {".jsonl": "jsonl", ".txt": "utf-8"}
 
 
 def check_evaluation(config: TrainConfig, findings: Findings) -> None:
@@ -65,7 +65,10 @@ def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
     for name, read_as in (("val_data_file", other_data), ("general_data_file", general_data)):
         if value := getattr(evaluation, name):
             found = Findings()
-            check_data_files(read_as(config.data, value), found)
+            try:
+                check_data_files(read_as(config.data, value), found)
+            except UserError as reason:
+                found.errors.append(reason)
             for error in found.errors:
                 what, fix = (str(text).replace("--data_file", f"--{name}") for text in (error.what, error.fix))
                 findings.add(what, found=error.found, expected=error.expected, fix=fix if error.fix else None)
@@ -79,22 +82,39 @@ def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
 
 
 def other_data(data: DataConfig, path: str) -> DataConfig:
-    """The settings that read ``path`` as the training data are read, in its own format where its name tells one."""
-    kind = _SUFFIXES.get(Path(path.partition(",")[0]).suffix.lower())
-    if kind is None and Path(f"{without_suffix(path)}.bin").is_file():
-        kind = "binidx"
-    kind = kind or data.data_type
+    """The settings that read ``path`` as the training data are read, in its own format where its name tells one.
+
+    Raises: UserError as ``data_files`` does.
+    """
+    kind = _kind_of(data, path)
+    takes_columns = any(format_of(part.path, kind) == "sft" for part in data_files(path))
     return replace(
         data,
         data_file=without_suffix(path) if kind == "binidx" else path,
         data_type=kind,
         magic_prime=0,
-        sft_field=data.sft_field if kind == "sft" else [],
-        sft_split=data.sft_split if kind == "sft" else "train",
+        sft_field=data.sft_field if takes_columns else [],
+        sft_split=data.sft_split if takes_columns else "train",
         my_sample_len=data.my_sample_len if kind == "uint16" else 0,
     )
 
 
+def _kind_of(data: DataConfig, path: str) -> str:
+    suffix = _suffix(path)
+    if suffix == ".jsonl":
+        return data.data_type if data.data_type == "sft" else "jsonl"
+    if suffix == ".txt":
+        return data.data_type if data.data_type == "utf-16le" else "utf-8"
+    return "binidx" if Path(f"{without_suffix(path)}.bin").is_file() else data.data_type
+
+
+def _suffix(path: str) -> str:
+    return Path(data_files(path)[0].path).suffix.lower()
+
+
 def general_data(data: DataConfig, path: str) -> DataConfig:
-    """The settings that read ``path`` as a stream of text all of which counts."""
+    """The settings that read ``path`` as a stream of text all of which counts. Raises: UserError as ``other_data``."""
+    if _suffix(path) == ".jsonl":
+        # of another kind, so without the columns of the training data
+        data = replace(data, data_type="jsonl")
     return replace(other_data(data, path), dataload="get", loss_mask="none", mask_think=False, length_buckets=False)

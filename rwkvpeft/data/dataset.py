@@ -21,7 +21,7 @@ from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import SOURCES, find
 
-__all__ = ["Row", "RowDataset", "open_dataset", "open_source", "open_split"]
+__all__ = ["Row", "RowDataset", "open_dataset", "open_source", "open_split", "open_stream"]
 
 # a document that is packed is not padded before
 _JOININGS: dict[str, Joining] = {"pad": "equal", "only": "alone", "pack": "alone"}
@@ -86,6 +86,18 @@ def open_source(config: DataConfig) -> TokenSource:
     if len(files) > 1:
         raise UserError("--data_file names several files where one is needed", found=config.data_file)
     return _open_file(config, files[0].path)
+
+
+def open_stream(config: DataConfig, *, ctx_len: int, vocab_size: int) -> RowDataset:
+    """Windows of all of a text, of ``ctx_len`` tokens or as many as the shortest file has.
+
+    Args:
+        config: with ``--dataload get``.
+    Raises: UserError as ``open_dataset`` does.
+    """
+    parts = _open_parts(config, vocab_size)
+    shortest = min(part.source.n_tokens for part in parts)
+    return _rows(config, parts, max(1, min(ctx_len, shortest - 1)), seed=0)
 
 
 class _Part(NamedTuple):

@@ -142,3 +142,26 @@ def test_a_line_that_is_no_prompt_is_named(train, tmp_path):
     code, _, errors = train("--sample_prompts", path)
     assert code == 2
     assert f"{path}:3: this is no prompt" in errors
+
+
+def test_general_data_may_be_several_files_and_are_read_once(train, tmp_path, monkeypatch):
+    from rwkvpeft.data import text
+
+    opened = []
+    read = text.read_text
+    monkeypatch.setattr(text, "read_text", lambda path, encoding: opened.append(path) or read(path, encoding))
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for path, words in zip(paths, ("Short. ", "Longer than a row. " * 9), strict=True):
+        path.write_text(words)
+    code, _, errors = train("--report", "false", "--general_data_file", f"{paths[0]}:2,{paths[1]}")
+    assert code == 0, errors
+    assert opened == [str(path) for path in paths]
+    assert records(tmp_path, "val_data.jsonl")[0]["general_loss"] == pytest.approx(5.545, abs=0.3)
+
+
+def test_general_data_of_one_token_are_refused(train, tmp_path):
+    (tmp_path / "general.jsonl").write_text('{"text": ""}\n')
+    code, _, errors = train("--general_data_file", tmp_path / "general.jsonl")
+    assert code == 2
+    assert "general.jsonl is too short" in errors
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,37 @@
+"""How files beside the training data are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rwkvpeft.config.check_evaluation import general_data, other_data
+from rwkvpeft.config.groups import DataConfig
+
+COLUMNS = DataConfig(data_file="train.parquet", sft_field=["asked", "said"], sft_split="train[:10]")
+TEXT = DataConfig(data_file="train.txt", data_type="utf-16le")
+
+
+@pytest.mark.parametrize(
+    ("data", "path", "kind", "fields"),
+    [
+        (COLUMNS, "val.parquet", "binidx", ["asked", "said"]),
+        (COLUMNS, "val.csv:2,more.csv", "binidx", ["asked", "said"]),
+        (COLUMNS, "val.jsonl", "jsonl", []),
+        (replace(COLUMNS, data_type="sft"), "val.jsonl", "sft", ["asked", "said"]),
+        (replace(COLUMNS, data_type="sft"), "val.jsonl:1,more.jsonl:2", "sft", ["asked", "said"]),
+        (TEXT, "val.txt", "utf-16le", []),
+        (replace(TEXT, data_type="dummy"), "val.txt", "utf-8", []),
+        (DataConfig(), "val.txt", "utf-8", []),
+    ],
+)
+def test_held_out_data_are_read_as_the_training_data_are(data, path, kind, fields):
+    found = other_data(data, path)
+    assert (found.data_type, found.sft_field) == (kind, fields)
+    assert found.sft_split == (data.sft_split if fields else "train")
+
+
+def test_general_records_need_no_columns_of_the_training_data():
+    found = general_data(replace(COLUMNS, data_type="sft"), "general.jsonl")
+    assert (found.data_type, found.sft_field, found.sft_split) == ("jsonl", [], "train")
