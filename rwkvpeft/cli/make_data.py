@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkvpeft.cli.guard import guarded
+from rwkvpeft.config.check_sources import check_sources
 from rwkvpeft.config.data_files import format_of
+from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,6 +107,9 @@ def _run(options: argparse.Namespace) -> int:
     from rwkvpeft.data.tokenizer import load_tokenizer
 
     require_readable(options.file)
+    findings = Findings()
+    check_sources(DataConfig(data_type="sft", sft_field=options.sft_field), ["sft"], findings)
+    findings.raise_any()
     prefix = _output_prefix(options.file, options.output)
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     job = Conversion(

@@ -77,8 +77,12 @@ def open_binidx(config: DataConfig) -> BinidxSource:
 
     Raises: UserError as ``BinidxSource`` does.
     """
+    path = mask_path(_without_suffix(config.data_file))
     goes_by_it = config.loss_mask in ("qa", "last") or config.mask_think
-    return BinidxSource(config.data_file, goes_by_it and mask_path(_without_suffix(config.data_file)).exists())
+    source = BinidxSource(config.data_file, goes_by_it and path.exists())
+    if path.exists() and not goes_by_it:
+        source.notes = (f"{path} is not read: --loss_mask {config.loss_mask} does not go by turns",)
+    return source
 
 
 def mask_path(prefix: Path) -> Path:

@@ -6,7 +6,6 @@ Values that are null are as good as absent: tables fill in null for what a row d
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +49,7 @@ _LISTS = ("messages", "conversations")
 _SYSTEM_FIELDS = ("system", "system_prompt")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = ("train", "training", "loss")
+_LARGEST_WEIGHT = 1_000_000
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -259,8 +259,8 @@ def _weight(turn: Mapping[str, Any], is_answer: bool, place: str) -> float:
     """What a turn's tokens weigh: "weight", and 0 where "train", "training" or "loss" is false."""
     given = turn.get("weight")
     weight = 1.0 if given is None else given
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise RecordError(f'"weight" of {place} must be a number of 0 or more; found {weight!r}')
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= _LARGEST_WEIGHT:
+        raise RecordError(f'"weight" of {place} must be a number from 0 to {_LARGEST_WEIGHT}; found {weight!r:.80}')
     switches = {key: turn[key] for key in _SWITCHES if turn.get(key) is not None}
     for key, switch in switches.items():
         if switch not in (0, 1):

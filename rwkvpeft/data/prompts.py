@@ -35,7 +35,8 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     """
     prompts = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # in text, splitlines would take ten more characters for ends of lines
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as reason:
         raise UserError(f"--sample_prompts {path} cannot be read", found=reason) from reason
     for number, line in enumerate(lines, start=1):

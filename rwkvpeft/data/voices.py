@@ -65,13 +65,17 @@ class VoiceTable:
 
     def code(self, voice: Voice) -> int:
         """The number of a voice. Raises: UserError if there are more than a byte can tell apart."""
-        code = self._codes.setdefault(voice, len(self._codes))
-        if code >= _MOST_VOICES:
+        code = self._codes.get(voice)
+        if code is not None:
+            return code
+        code = len(self._codes)
+        if code == _MOST_VOICES:
             raise UserError(
                 'too many different "weight" values in one data set',
                 found=f"{voice.weight:g} and {_MOST_VOICES} voices before it",
                 fix="round the weights, for instance to one decimal",
             )
+        self._codes[voice] = code
         return code
 
     def translation(self, voices: Iterable[Voice]) -> npt.NDArray[np.uint8]:

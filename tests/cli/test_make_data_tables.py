@@ -42,3 +42,10 @@ def test_turns_of_parquet_become_documents(folder):
     parquet.write_table(pyarrow.table({"messages": [turns] * 3}), "turns.parquet")
     assert main(["turns.parquet", "2", "8", "--tokenizer", "bytes", "--mask"]) == 0
     assert documents("turns") == [b"User: q\n\nAssistant: yes\0"] * 6
+
+
+def test_more_columns_than_are_read_are_refused(folder, capsys):
+    (folder / "three.csv").write_text("a,b,c\n1,2,3\n")
+    assert main(["three.csv", "1", "8", "--tokenizer", "bytes", "--sft_field", "a", "b", "c"]) == 2
+    assert "--sft_field takes the columns of prompt and answer" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["three.csv"]

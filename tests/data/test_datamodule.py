@@ -48,7 +48,9 @@ def training_data(dataset, config=None, trainer=None, **schedule):
 
 def same(left, right):
     return len(left) == len(right) and all(
-        torch.equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one[:4], other[:4], strict=True)
+        torch.equal(a, b)
+        for one, other in zip(left, right, strict=True)
+        for a, b in zip(one[:4], other[:4], strict=True)
     )
 
 

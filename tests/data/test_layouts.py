@@ -70,6 +70,9 @@ def test_a_switch_that_is_off_may_stand_on_any_turn():
         (chat({"role": "assistant", "content": [{"type": "image_url"}]}), ["part 1", "'image_url'"]),
         (chat({"role": "assistant", "content": "a", "weight": -1}), ['"weight" of turn 2', "-1"]),
         (chat({"role": "assistant", "content": "a", "weight": float("nan")}), ['"weight" of turn 2']),
+        # larger than fp32 and than any float
+        (chat({"role": "assistant", "content": "a", "weight": 1e39}), ['"weight" of turn 2']),
+        (chat({"role": "assistant", "content": "a", "weight": 10**400}), ['"weight" of turn 2']),
         (chat({"role": "assistant", "content": "a", "train": "no"}), ['"train" of turn 2', "'no'"]),
         (chat({"role": "user", "content": "a", "train": True}), ["turn 2", "only an assistant's"]),
         (chat({"role": "assistant", "content": "<think>a", "reasoning": "b"}), ['"reasoning"', "leave one out"]),

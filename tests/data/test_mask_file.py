@@ -107,3 +107,10 @@ def test_a_bad_line_leaves_the_older_files(folder):
     assert make("--mask") == 2
     (folder / "in.jsonl").write_bytes(before["in.jsonl"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_is_told_of_a_mask_that_it_does_not_go_by(folder):
+    assert make("--mask") == 0
+    assert open_binidx(DataConfig(data_file="in", loss_mask="none")).notes == (
+        "in.mask is not read: --loss_mask none does not go by turns",
+    )

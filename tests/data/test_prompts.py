@@ -85,3 +85,10 @@ def test_an_answer_that_is_cut_at_the_end_of_the_row_is_marked(tmp_path):
     data = DataConfig(data_file=str(path), data_type="jsonl", tokenizer="bytes")
     rows = open_dataset(data, ctx_len=30, vocab_size=256, seed=0)
     assert held_out_prompts(rows, load_tokenizer("bytes"), 1)[0].expected == "For many ..."
+
+
+def test_only_ends_of_lines_end_a_prompt(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    # of these characters a text is cut into lines, a file is not
+    path.write_bytes("\ufeff\"one\u2028two\"\r\n\"three\u0085four\"".encode())
+    assert [prompt.question for prompt in read_prompts(path)] == ["one\u2028two", "three\u0085four"]
