@@ -190,7 +190,7 @@ def _say(line: str) -> None:
 
 def _check_resume(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> ResumePoint | None:
     """The point the run goes on from, if any. Refuses other settings before anything is written."""
-    from rwkvpeft.training.fit import essential_settings
+    from rwkvpeft.training.essentials import essential_settings
     from rwkvpeft.training.resume import check_essentials, find_point
 
     point = find_point(config.output, _say)

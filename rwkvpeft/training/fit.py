@@ -19,9 +19,7 @@ from tqdm import tqdm
 
 from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
-from rwkvpeft.checkpoints.files import fingerprint
-from rwkvpeft.config.data_files import data_files
-from rwkvpeft.config.groups import DataConfig, TrainConfig
+from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.build import build_objective
@@ -32,6 +30,7 @@ from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
 from rwkvpeft.training.callbacks.watching import Watched, Watching
+from rwkvpeft.training.essentials import essential_settings
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.history import History
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
@@ -171,43 +170,6 @@ _FIXED: dict[str, Any] = {
 }
 
 
-def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
-    """What a run may not change on its way, by the name of the flag where there is one."""
-    data, schedule, runtime = config.data, config.schedule, config.runtime
-    return {
-        "base model": recipe.base_fingerprint,
-        "data": _data_stamp(data.data_file),
-        "masks": _mask_stamps(data),
-        **{name: getattr(data, name) for name in ("ctx_len", "dataload", "loss_mask", "mask_think", "mask_id",
-                                                  "data_shuffle", "length_buckets",
-                                                  "tokenizer", "text_key", "data_type",
-                                                  "sft_field", "sft_split", "my_sample_len", "magic_prime")},
-        "epoch_steps": plan.epoch_steps,
-        **{name: getattr(schedule, name) for name in ("epoch_count", "epoch_begin", "micro_bsz",
-                                                      "accumulate_grad_batches", "lr_init", "lr_final",
-                                                      "warmup_steps", "lr_schedule", "my_exit_tokens",
-                                                      "train_stage")},
-        "mini-epochs before": plan.begun,
-        **asdict(config.optimizer),
-        # held-out losses of other data could not be compared
-        **{name: _data_stamp(getattr(config.evaluation, name)) for name in ("val_data_file", "general_data_file")},
-        "val_split": config.evaluation.val_split,
-        **{name: getattr(config.long_context, name) for name in ("infctx", "chunk_ctx", "infctx_grad")},
-        "peft": recipe.method,
-        "peft_config": recipe.config,
-        "quant": recipe.quant,
-        "quant_double": recipe.quant_double,
-        "quant_head": recipe.quant_head,
-        "train_parts": recipe.train_parts,
-        "adapter": _stamp(Path(config.method.adapter)),
-        **{name: getattr(config.method, name) for name in ("dropout", "label_smoothing", "neftune_alpha")},
-        "precision": runtime.precision,
-        "devices": runtime.devices,
-        "num_nodes": runtime.num_nodes,
-        "random_seed": runtime.random_seed,
-    }
-
-
 def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:
     if not config.runtime.cuda_graph:
         return None
@@ -226,33 +188,6 @@ def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-def _data_stamp(data_file: str) -> str:
-    parts = data_files(data_file) if data_file else []
-    if len(parts) == 1:
-        return _file_stamp(parts[0].path)
-    return "; ".join(f"{_file_stamp(part.path)}, share {part.share}" for part in parts)
-
-
-def _file_stamp(data_file: str) -> str:
-    for path in (Path(data_file), Path(f"{data_file}.bin")):
-        if path.is_file():
-            return _stamp(path)
-    return data_file
-
-
-def _mask_stamps(data: DataConfig) -> list[str]:
-    """The masks beside binidx that the run goes by."""
-    if data.loss_mask not in ("qa", "last") and not data.mask_think:
-        return []
-    masks = (Path(f"{part.path}.mask") for part in (data_files(data.data_file) if data.data_file else ()))
-    return [_stamp(mask) for mask in masks if mask.is_file()]
-
-
-def _stamp(path: Path) -> str:
-    """A file's name and what tells it from others of its size."""
-    return f"{path.name}, {path.stat().st_size} bytes, {fingerprint(path)[:8]}" if path.is_file() else path.name
 
 
 def run_plan(config: TrainConfig, epoch_steps: int, begun: int = 0) -> RunPlan:

@@ -185,6 +185,13 @@ def test_other_settings_cannot_go_on_with_a_run_and_are_named(train):
     assert "ctx_len 6" in caught.value.expected
 
 
+def test_a_run_cannot_go_on_with_another_divisor_of_its_norms(train):
+    train(epoch_count=1)
+    with pytest.raises(UserError, match="other settings") as caught:
+        train(epoch_count=1, head_size_divisor=4)
+    assert "head_size_divisor 4" in caught.value.found
+
+
 def test_resume_none_starts_anew(train, tmp_path):
     train(epoch_count=1)
     result, _, _ = train(epoch_count=1, resume="none", lr_init=0.5)
