@@ -10,7 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rwkvpeft.cli.evaluate_tasks import add_task_flags, check_tasks, evaluate_tasks, task_lines
+from rwkvpeft.cli.evaluate_tasks import (
+    add_task_flags,
+    check_tasks,
+    evaluate_tasks,
+    refuse_task_flags,
+    task_lines,
+)
 from rwkvpeft.cli.guard import guarded
 from rwkvpeft.cli.tuned_model import add_model_flags, load_from_flags
 from rwkvpeft.config.check_sources import by_source
@@ -69,6 +75,7 @@ def _run(arguments: list[str]) -> int:
         found = evaluate_tasks(flags, load_from_flags(flags))
         print(json.dumps(found) if flags.json else "\n".join(task_lines(found)))
         return 0
+    refuse_task_flags(flags)
     config = _data_config({spec.name: from_words(spec, getattr(flags, spec.name)) for spec in given}, flags)
     result = _evaluate(config, load_from_flags(flags), flags.micro_bsz)
     print(json.dumps(result) if flags.json else "\n".join(_lines(result)))
@@ -174,7 +181,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{path}: {_line(part)}" for path, part in result.get("files", {}).items()]
     lines.append(_line(result))
     if result["cut"]:
-        lines.append(f"{result['cut']:,} documents are longer than --ctx_len; what did not fit was not evaluated")
+        documents = "1 document is" if result["cut"] == 1 else f"{result['cut']:,} documents are"
+        lines.append(f"{documents} longer than --ctx_len; what did not fit was not evaluated")
     return lines
 
 

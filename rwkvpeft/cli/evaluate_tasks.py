@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rwkvpeft.generation.tuned import TunedModel
 
 _LARGEST_SHOWN = 300
+_TOKENS_AT_ONCE = 8192
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +26,17 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=float, metavar="N", help="questions of each task at most; below 1: that share")
     group.add_argument("--task_folder", metavar="DIR", help="folder with tasks of your own, in lm_eval's YAML")
     group.add_argument("--chat_layout", action="store_true", help="ask in turns, User: and Assistant:")
-    group.add_argument("--tokens_at_once", type=int, default=8192, metavar="N",
+    group.add_argument("--tokens_at_once", type=int, default=_TOKENS_AT_ONCE, metavar="N",
                        help="tokens computed at once (default: %(default)s)")
+
+
+def refuse_task_flags(flags: argparse.Namespace) -> None:
+    """Raises: UserError naming the flags that ask for something of ``--tasks``, which is not given."""
+    given = [f"--{name}" for name in ("num_fewshot", "limit", "task_folder") if getattr(flags, name) is not None]
+    given += ["--chat_layout"] if flags.chat_layout else []
+    given += ["--tokens_at_once"] if flags.tokens_at_once != _TOKENS_AT_ONCE else []
+    if given:
+        raise UserError("these flags have no effect without --tasks", found=", ".join(given), fix="leave them out")
 
 
 def check_tasks(flags: argparse.Namespace) -> None:

@@ -17,6 +17,10 @@ from rwkvpeft.errors import UserError
 _SHARE = re.compile(r":(\d+(?:\.\d+)?|\.\d+)$")
 _JSONL = (".jsonl", ".json")
 _TABLES = (".parquet", ".csv")
+# what a name suggests to a reader; only --data_type decides, because binidx may have any name
+_SUGGESTED = {".txt": "utf-8", ".npy": "numpy", ".npz": "numpy"}
+# a colon that is not that of C:\data
+_NO_SHARE = re.compile(r"(.+):([^:/\\]*)")
 
 
 class DataFile(NamedTuple):
@@ -96,9 +100,17 @@ def _check_part(path: str, data_type: str, parts: Sequence[DataFile], findings: 
     missing = _missing(path, data_type)
     if not missing:
         return
+    misread = _NO_SHARE.fullmatch(path)
+    if misread and not _missing(misread[1], format_of(misread[1], data_type)):
+        findings.add("--data_file: what stands behind a colon is the file's share", found=path,
+                     expected="a number above 0: a.jsonl:3,b.jsonl:1")
+        return
+    suggested = "sft" if Path(path).is_dir() else _SUGGESTED.get(Path(path).suffix.lower())
     fix = "check the path; --data_file is the path without .bin and .idx"
     if data_type != "binidx":
         fix = "check the path"
+    elif suggested and Path(path).exists():
+        fix = f"--data_type {suggested}"
     elif Path(path).is_file() or Path(f"{path}.jsonl").is_file():
         fix = "--data_type jsonl, or python make_data.py FILE.jsonl first"
     elif len(missing) == 1:

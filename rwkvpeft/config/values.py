@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rwkvpeft.config.findings import nearest
@@ -46,11 +47,12 @@ def from_yaml(spec: FlagSpec, value: Any) -> Any:
     raise _wrong(spec, value)
 
 
-def parse_json(option: str, text: str) -> dict[str, Any]:
-    """Read a JSON object given as the value of ``option``.
+def parse_json(option: str, text: str, example: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a JSON object given as the value of ``option``; an error shows ``example``.
 
     Raises: UserError with the place of the mistake and how to quote the value in a shell.
     """
+    shown = json.dumps(example or {"r": 8})
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -58,10 +60,10 @@ def parse_json(option: str, text: str) -> dict[str, Any]:
             f"{option} is not valid JSON: {error.msg} at column {error.colno}",
             found=text,
             expected="an object with its names in double quotes",
-            fix=f'{option} \'{{"r": 8}}\' (single quotes keep the shell away; of a variable: {option} "$VARIABLE")',
+            fix=f'{option} \'{shown}\' (single quotes keep the shell away; of a variable: {option} "$VARIABLE")',
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{option} must be a JSON object", found=text, expected='{"name": value, ...}')
+        raise UserError(f"{option} must be a JSON object", found=text, expected=shown)
     return value
 
 
@@ -70,7 +72,7 @@ def _from_text(spec: FlagSpec, text: str) -> Any:
         return None
     value: Any
     if spec.kind == "json":
-        value = parse_json(spec.option, text)
+        value = parse_json(spec.option, text, spec.default)
     elif spec.kind == "switch":
         value = _switch(spec, text)
     elif spec.kind == "whole":

@@ -61,10 +61,12 @@ def _as_records(rows: Iterable[Record], name: str, fields: list[str], text_key: 
     for line, row in rows:
         absent = [field for field in fields if field not in row]
         if absent:
+            other = next((mark for mark in ";\t|" if len(row) == 1 and mark in next(iter(row))), None)
             raise UserError(
                 f"{name} has no column {', '.join(absent)}",
                 found=f"--sft_field {' '.join(fields)}",
                 expected=f"among {', '.join(row)}",
+                fix=f"save it with commas between columns, not {other!r}" if other else None,
             )
         values = [_text(row[field], f"{name}:{line}: column {field}") for field in fields]
         if len(values) == 2:

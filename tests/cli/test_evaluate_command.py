@@ -67,6 +67,7 @@ def test_every_trained_token_counts_once(folder, capsys, mask, rows):
         (["--data_file", "data.jsonl", "--sft_field", "a"], "--sft_field has no effect"),
         (["--data_file", "data.jsonl", "--dataload", "only", "--micro_bsz", "2"], "--dataload only needs"),
         (["--data_file", "data.jsonl", "--tasks", "piqa"], "--tasks asks for lm_eval"),
+        (["--data_file", "data.jsonl", "--limit", "3", "--chat_layout"], "no effect without --tasks"),
     ],
 )
 def test_a_mistake_gives_one_message_and_exit_code_2(folder, capsys, words, message):

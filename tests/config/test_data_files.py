@@ -48,3 +48,20 @@ def test_each_missing_part_is_named(tmp_path):
     assert ["gone.jsonl" in error.render() for error in findings.errors] == [True, False]
     assert "lost.bin" in findings.errors[1].render()
     assert "comma" in findings.errors[1].render()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("book.txt", "utf-8"), ("ids.npy", "numpy"), ("set", "sft")])
+def test_data_of_another_kind_are_told_what_kind(tmp_path, name, kind):
+    path = tmp_path / name
+    path.write_text("x") if path.suffix else path.mkdir()
+    findings = Findings()
+    check_data_files(DataConfig(data_file=str(path)), findings)
+    assert f"--data_type {kind}" in findings.errors[0].render()
+
+
+@pytest.mark.parametrize("share", ["-1", "x", ""])
+def test_what_is_no_share_is_told_apart_from_a_missing_file(tmp_path, share):
+    (tmp_path / "a.jsonl").write_text("{}")
+    findings = Findings()
+    check_data_files(DataConfig(data_file=f"{tmp_path}/a.jsonl:{share},{tmp_path}/a.jsonl:1"), findings)
+    assert ["share" in error.render() for error in findings.errors] == [True]

@@ -90,6 +90,11 @@ def test_broken_json_names_the_column_and_how_to_quote():
     assert "'{\"r\": 8}'" in text
 
 
+def test_broken_json_is_shown_an_example_of_its_flag():
+    assert """--mask_id '{"mask0":""" in message(["--mask_id", "[1"])
+    assert '{"mask0":' in message(["--mask_id", "[1]"])
+
+
 def test_a_number_must_be_finite():
     assert "a finite number" in message(["--lr_init", "nan"])
 

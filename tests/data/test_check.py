@@ -115,8 +115,13 @@ def test_the_report_tells_numbers_bars_notes_and_bad_lines(tricky):
 def test_no_more_than_twenty_bad_lines_are_shown(tmp_path):
     shown = render(check(write(tmp_path / "in.jsonl", *[("x",)] * 30))).splitlines()
     assert shown[0] == "data: no document"
-    assert len(shown) == 23
+    assert len(shown) == 24
     assert shown[-1] == "  and 10 more"
+
+
+def test_a_file_without_documents_is_an_error(tmp_path):
+    shown = render(check(write(tmp_path / "in.jsonl"))).splitlines()
+    assert shown == ["data: no document", "error: there is nothing to train on"]
 
 
 def test_the_lengths_are_drawn(tricky, tmp_path):

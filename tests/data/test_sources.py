@@ -212,6 +212,14 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(table):
     assert "query, response" in error.value.render()
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_other_marks_than_commas_between_columns_are_named(tmp_path, mark):
+    (tmp_path / "in.csv").write_text(f"query{mark}response\nq{mark}a\n")
+    with pytest.raises(UserError, match="has no column") as error:
+        list(sft_records(str(tmp_path / "in.csv"), "train", ["query", "response"]))
+    assert f"commas between columns, not {mark!r}" in error.value.render()
+
+
 def test_rows_of_a_file_can_be_chosen_as_a_split(table):
     rows = list(sft_records(str(table), "train[1:2]", ["query"]))
     assert [row.value["text"] for row in rows] == ["007"]
