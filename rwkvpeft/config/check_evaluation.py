@@ -33,6 +33,11 @@ def check_evaluation(config: TrainConfig, findings: Findings) -> None:
         fix="leave one of the two out",
     )
     held_out = bool(evaluation.val_data_file or split)
+    _check_effects(evaluation, held_out, findings)
+    _check_vocabulary(config.data, evaluation, findings)
+
+
+def _check_effects(evaluation: EvaluationConfig, held_out: bool, findings: Findings) -> None:
     findings.check(
         held_out or not evaluation.early_stop,
         "--early_stop needs held-out data to go by",
@@ -45,7 +50,20 @@ def check_evaluation(config: TrainConfig, findings: Findings) -> None:
         found=f"--val_steps {evaluation.val_steps}",
         fix="--val_split 0.1, or --val_data_file FILE",
     )
-    _check_vocabulary(config.data, evaluation, findings)
+    findings.check(
+        bool(evaluation.general_data_file) or evaluation.general_alarm == EvaluationConfig.general_alarm,
+        "--general_alarm has no effect without --general_data_file",
+        found=f"--general_alarm {evaluation.general_alarm:g}",
+        fix="--general_data_file FILE",
+    )
+    findings.check(
+        bool(evaluation.sample_prompts or (held_out and evaluation.report))
+        or evaluation.sample_tokens <= 0
+        or evaluation.sample_tokens == EvaluationConfig.sample_tokens,
+        "--sample_tokens has nothing to answer",
+        found=f"--sample_tokens {evaluation.sample_tokens}",
+        fix="--sample_prompts FILE",
+    )
 
 
 def _check_vocabulary(data: DataConfig, evaluation: EvaluationConfig, findings: Findings) -> None:

@@ -94,6 +94,9 @@ def test_without_matplotlib_the_report_has_tables_only(train, tmp_path, monkeypa
         (("--sample_prompts", "gone.jsonl"), "--sample_prompts names a file that does not exist"),
         (("--general_data_file", "gone.jsonl"), "--general_data_file: a file is missing"),
         (("--sample_tokens", "0"), "--sample_tokens is too small"),
+        (("--sample_tokens", "9"), "--sample_tokens has nothing to answer"),
+        (("--sample_tokens", "9", "--val_split", "2", "--report", "false"), "--sample_tokens has nothing to answer"),
+        (("--general_alarm", "0.1"), "--general_alarm has no effect without --general_data_file"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_anything_is_written(train, tmp_path, words, message):
@@ -127,7 +130,7 @@ def test_every_way_of_rows_can_be_watched(train, tmp_path, different, words):
 
 
 def test_a_run_from_an_adapter_file_is_compared_with_the_base_without_it(train, tmp_path, different):
-    words = ("--data_file", different, "--val_split", 2, "--report", "false", *LORA)
+    words = ("--data_file", different, "--val_split", 2, "--report", "false", *LORA[:-2])
     assert train(*words, "--proj_dir", tmp_path / "first", "--lr_init", 1e-1, "--lr_final", 1e-1)[0] == 0
     first = (tmp_path / "first" / "val_data.jsonl").read_text().splitlines()
     code, _, errors = train(*words, "--adapter", tmp_path / "first" / "rwkv-0.pth")
