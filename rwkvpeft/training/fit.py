@@ -132,12 +132,10 @@ def fit(
     )
     saving = _saving(config, checkpoints, plan, essentials, point, say)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
-    callbacks: list[pl.Callback] = [metrics, Progress(say), saving]
+    callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving]
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
-        callbacks.insert(1, PartStatistics(folder, config.evaluation.log_parts, metrics.send))
-    if watched is not None and not watched.is_empty:
-        callbacks.insert(0, watching)
+        callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send))
     with _quiet_lightning(), matmul_precision(precision):
         trainer = pl.Trainer(
             **arguments,

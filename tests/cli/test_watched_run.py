@@ -168,3 +168,13 @@ def test_general_data_of_one_token_are_refused(train, tmp_path):
     assert code == 2
     assert "general.jsonl is too short" in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_of_an_earlier_watched_run_is_in_the_report_of_one_that_is_not(train, tmp_path, prompts):
+    (tmp_path / "held_out.jsonl").write_text('{"text": "Some more text."}\n')
+    code, _, errors = train("--val_data_file", tmp_path / "held_out.jsonl", "--sample_prompts", prompts)
+    assert code == 0, errors
+    assert train("--resume", "none")[0] == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Evaluations" not in report
+    assert "## Answers" not in report

@@ -102,6 +102,8 @@ class Watching(pl.Callback):
         step = pl_module.progress.step
         if trainer.is_global_zero:
             self._open(step)
+        if self._watched.is_empty:
+            return
         if step == 0:
             model = pl_module.model
             assert isinstance(model, Rwkv)
@@ -114,7 +116,7 @@ class Watching(pl.Callback):
         """Evaluate if that is due after the step that has just been finished, if one has."""
         assert isinstance(pl_module, RwkvModule)
         record = pl_module.finished
-        if record is None:
+        if record is None or self._watched.is_empty:
             return
         ends = trainer.should_stop or _is_last(trainer, pl_module)
         if not (ends or self._is_due(record.step, pl_module)):
@@ -192,10 +194,14 @@ class Watching(pl.Callback):
                 self._report(f"step {step} answers {_short(prompt.question)} with {_short(text)}{rest}")
 
     def _open(self, step: int) -> None:
-        """Cut the files back; those of an earlier run in this folder are emptied."""
+        """Cut the files back; what an earlier run left in this folder goes."""
         for name in (VAL_DATA, SAMPLES):
             path = self._folder / name
             with writing(path):
+                if self._watched.is_empty and not step:
+                    path.unlink(missing_ok=True)
+                if self._watched.is_empty:
+                    continue
                 self._folder.mkdir(parents=True, exist_ok=True)
                 keep_lines(path, lambda line: step > 0 and json.loads(line)["step"] <= step)
                 self._files.append(path.open("a", encoding="utf-8"))
