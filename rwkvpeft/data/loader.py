@@ -129,17 +129,20 @@ def worker_arguments(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def evaluation_batches(dataset: RowDataset, micro_bsz: int) -> Iterator[TokenBatch]:
+def evaluation_batches(
+    dataset: RowDataset, micro_bsz: int, rank: int = 0, world_size: int = 1
+) -> Iterator[TokenBatch]:
     """All rows once, in the file's order, or by length where they are padded to the longest of a batch; the last batch
     may be short. ``step_weight`` is that of the batch alone.
 
+    Args: ``rank`` takes batches ``rank``, ``rank`` + ``world_size`` and so on, and reads no others.
     Raises: UserError for rows of different lengths in one batch.
     """
     require_equal_lengths(dataset, micro_bsz)
     order = range(len(dataset))
     if isinstance(dataset, DocumentDataset) and dataset.joining == "padded":
         order = np.argsort(dataset.lengths, kind="stable").tolist()
-    for start in range(0, len(order), micro_bsz):
+    for start in range(rank * micro_bsz, len(order), world_size * micro_bsz):
         rows = [dataset.row(index) for index in order[start : start + micro_bsz]]
         yield _batch(_join(rows, dataset.joining), _weight_sum(rows))
 

@@ -182,6 +182,16 @@ def test_evaluation_reads_every_row_once_in_order(dataset):
     assert all(batch.step_weight == batch.weights.sum() for batch in batches)
 
 
+def test_of_several_that_evaluate_each_reads_its_own_rows_only(dataset, monkeypatch):
+    whole = documents(evaluation_batches(dataset, 4))
+    read = []
+    row = type(dataset).row
+    monkeypatch.setattr(type(dataset), "row", lambda self, index: read.append(index) or row(self, index))
+    shared = [documents(evaluation_batches(dataset, 4, rank, 2)) for rank in range(2)]
+    assert shared == [whole[0::2], whole[1::2]]
+    assert len(read) == N_DOCUMENTS
+
+
 class Recorder(pl.LightningModule):
     """Notes the documents of each batch; trains nothing."""
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import TextIOWrapper
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +159,7 @@ class Watching(pl.Callback):
         """The mean over all devices, each of which takes every so manieth batch."""
         if dataset is None:
             return None
-        batches = evaluation_batches(dataset, self._watched.micro_bsz)
-        mine = islice(batches, trainer.global_rank, None, trainer.world_size)
+        mine = evaluation_batches(dataset, self._watched.micro_bsz, trainer.global_rank, trainer.world_size)
         device = model.emb.weight.device
         # some accelerators have no fp64
         dtype = torch.float32 if device.type == "mps" else torch.float64
