@@ -186,6 +186,9 @@ def _print_result(
     print("-" * 80)
     if converted.skipped:
         print(f"### skipped {converted.skipped} bad lines, the first: {converted.first_skipped}")
+    if converted.unkept:
+        documents = "1 document" if converted.unkept == 1 else f"{converted.unkept} documents"
+        print(f'### note: {documents} with a "weight" of turns, or turns not to be trained: only --mask keeps that')
     print(f"### {prefix}.bin/idx: {source.n_tokens} tokens, {len(source)} documents ({converted.documents} different)")
     prime = magic_prime(source.n_tokens, ctx_len)
     if prime is not None:

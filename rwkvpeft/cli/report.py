@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.memory import LevelChoice
     from rwkvpeft.models.backbone import Rwkv
+    from rwkvpeft.training.callbacks.watching import Watched
     from rwkvpeft.training.fit import FitResult
     from rwkvpeft.training.history import History
     from rwkvpeft.training.module import RunPlan
@@ -30,6 +31,7 @@ def start_lines(
     recompute: LevelChoice,
     *,
     origin: str = "",
+    watched: Watched | None = None,
 ) -> list[str]:
     """One line for each thing a user may want to stop the run for. ``origin`` says what begins otherwise than usual."""
     runtime = config.runtime
@@ -37,6 +39,7 @@ def start_lines(
     return [
         *_model_lines(config, base, origin, model),
         *data.dataset.report().render().splitlines(),
+        *(_watched_lines(config, watched) if watched else []),
         *_plan_lines(config, data, plan),
         f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {_shape(config)}",
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
@@ -47,6 +50,18 @@ def start_lines(
         f"computed twice: {recompute.report}",
         f"output: {config.output.proj_dir}",
     ]
+
+
+def _watched_lines(config: TrainConfig, watched: Watched) -> list[str]:
+    steps = config.evaluation.val_steps
+    often = f"every {'step' if steps == 1 else f'{steps:,} steps'}" if steps else "after each mini-epoch"
+    lines = []
+    for name, rows in (("held out", watched.held_out), ("general data", watched.general)):
+        if rows is not None:
+            found = rows.report()
+            documents = f"{found.documents:,} document{'' if found.documents == 1 else 's'}"
+            lines.append(f"{name}: {documents}, {found.tokens:,} tokens, evaluated {often}")
+    return lines
 
 
 def _shape(config: TrainConfig) -> str:

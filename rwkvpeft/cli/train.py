@@ -116,7 +116,7 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
         recipe = assemble.make_recipe(base, config, adapter)
     recompute = assemble.choose_recompute(base, longest, chosen)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, start)
-    lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin)
+    lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin, watched=watched)
     for line in [*remarks, *more, *lines]:
         _say(line)
     if _is_first_process():

@@ -89,6 +89,8 @@ def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
                 found.errors.append(reason)
             for error in found.errors:
                 what, fix = (str(text).replace("--data_file", f"--{name}") for text in (error.what, error.fix))
+                # the checks know --data_file alone: what they say of its settings is said of this file
+                what = what if f"--{name}" in what else f"--{name} {value}: {what}"
                 findings.add(what, found=error.found, expected=error.expected, fix=fix if error.fix else None)
     if evaluation.sample_prompts:
         findings.check(

@@ -34,7 +34,8 @@ class Block(NamedTuple):
     ``tokens`` uint16, or int32 above 65536 ids, documents end to end, each with its final 0; ``sizes`` int32, tokens of
     each, and ``places`` int32, the line each stands in, counted from 1 at the block's start; ``lines`` read, blank ones
     included; ``bad`` lines by number; ``codes`` uint8, for each token the number of
-    its voice in ``voices``, nothing if that was not asked for.
+    its voice in ``voices``, nothing if that was not asked for; then ``unkept`` counts the documents with answers of a
+    weight of their own.
     """
 
     tokens: npt.NDArray[np.integer]
@@ -44,6 +45,7 @@ class Block(NamedTuple):
     places: npt.NDArray[np.int32]
     codes: npt.NDArray[np.uint8]
     voices: tuple[Voice, ...]
+    unkept: int
 
 
 def tokenise_block(
@@ -62,6 +64,7 @@ def tokenise_block(
     texts: list[bytes] = []
     spoken: list[npt.NDArray[np.uint8]] = []
     bad: list[BadDocument] = []
+    unkept = 0
     for number, raw in enumerate(lines, start=1):
         try:
             record = parse_line(raw)
@@ -74,9 +77,12 @@ def tokenise_block(
                 stream.extend(array(stream.typecode, tokens[:-1]))
                 spoken.append(codes)
             else:
-                text = document_text(record, text_key)
+                # a text has no weights, and need not be taken apart
+                parts = [] if text_key in record else segments(record, text_key)
+                text = "".join(part.text for part in parts) or document_text(record, text_key)
                 # an array of a list is made in half the time that extending by the list takes
                 stream.extend(array(stream.typecode, tokenizer.encode(text)))
+                unkept += any(part.voice.is_answer and part.voice.weight != 1 for part in parts)
         except (BadLine, RecordError, UserError) as reason:
             what = reason.what if isinstance(reason, UserError) else str(reason)
             bad.append(BadDocument(number, what, excerpt(raw)))
@@ -97,7 +103,7 @@ def tokenise_block(
     tokens_with_ends = np.insert(content, document_ends, END_OF_DOCUMENT)
     all_codes = np.concatenate(spoken) if spoken else np.empty(0, dtype=np.uint8)
     places = np.array(numbers, dtype=np.int32)
-    return Block(tokens_with_ends, sizes.astype(np.int32), len(lines), bad, places, all_codes, table.voices)
+    return Block(tokens_with_ends, sizes.astype(np.int32), len(lines), bad, places, all_codes, table.voices, unkept)
 
 
 def prepare(tokenizer_name: str) -> None:

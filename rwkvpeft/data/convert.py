@@ -69,12 +69,16 @@ class Conversion:
 
 
 class Converted(NamedTuple):
-    """Documents and lines read, and the bad lines left out of them: how many, and the message for the first."""
+    """Documents and lines read, and the bad lines left out of them: how many, and the message for the first.
+
+    ``unkept``: documents whose turns have weights that no mask keeps.
+    """
 
     documents: int
     lines: int
     skipped: int
     first_skipped: str | None
+    unkept: int
 
 
 def convert(job: Conversion, report: Callable[[Progress], None]) -> Converted:
@@ -116,7 +120,7 @@ def _fill_spool(
     job: Conversion, spool: _Spool, report: Callable[[Progress], None]
 ) -> tuple[npt.NDArray[np.int32], Converted]:
     """Tokenise all lines into ``spool``, in order. Returns the documents' sizes, and what was read."""
-    sizes, tokens, lines, skipped = array("i"), 0, 0, 0
+    sizes, tokens, lines, skipped, unkept = array("i"), 0, 0, 0, 0
     first_skipped: str | None = None
     total = job.path.stat().st_size
     for end, block in tokenised_blocks(job.path, job.tokenizer, job.text_key, job.workers, job.with_mask):
@@ -133,11 +137,12 @@ def _fill_spool(
         tokens += len(block.tokens)
         lines += block.lines
         skipped += len(block.bad)
+        unkept += block.unkept
         report(Progress("tokenise", end, total, tokens))
     with writing(spool.path):
         spool.tokens.flush()
         spool.codes.flush()
-    return np.frombuffer(sizes, dtype=np.int32), Converted(len(sizes), lines, skipped, first_skipped)
+    return np.frombuffer(sizes, dtype=np.int32), Converted(len(sizes), lines, skipped, first_skipped, unkept)
 
 
 def _bad_block(path: Path, lines_before: int, bad: list[BadDocument]) -> UserError:

@@ -112,6 +112,17 @@ def test_bad_lines_are_counted_and_skipped_when_asked(folder, capsys):
     assert len(BinidxSource("in")) == 2
 
 
+@pytest.mark.parametrize("setting", [{"weight": 0.5}, {"train": False}])
+def test_weights_that_a_pair_without_a_mask_drops_are_told(folder, capsys, setting):
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    chats = [[question, {**answer, **setting}], [question, answer]]
+    (folder / "in.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chats))
+    assert main(["in.jsonl", "1", "8"]) == 0
+    assert "note: 1 document with a \"weight\" of turns" in capsys.readouterr().out
+    assert main(["in.jsonl", "1", "8", "--mask"]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_a_document_that_does_not_decode_back_is_refused(folder, capsys, monkeypatch):
     class Lossy(type(load_tokenizer("bytes"))):
         def encode(self, text):

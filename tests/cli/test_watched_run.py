@@ -54,6 +54,8 @@ def test_a_watched_run_leaves_evaluations_answers_the_best_checkpoint_and_a_repo
     best = load_recipe(tmp_path / "out" / "rwkv-best.pth")
     assert best.val_loss == min(line["val_loss"] for line in found[1:])
     assert "held-out loss: base" in out
+    assert "held out: 2 documents, " in out
+    assert "general data: 1 document, 113 tokens, evaluated every step" in out
     report = (tmp_path / "out" / "report.md").read_text()
     for part in ("## Evaluations", "## Answers", "Who barks?", "`--val_split`", "Forgetting", "| torch |"):
         assert part in report

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from rwkvpeft.config.check_evaluation import general_data, other_data
-from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.config.check_evaluation import check_evaluation_files, general_data, other_data
+from rwkvpeft.config.findings import Findings
+from rwkvpeft.config.groups import DataConfig, EvaluationConfig
+from rwkvpeft.config.parse import build_groups
 
 COLUMNS = DataConfig(data_file="train.parquet", sft_field=["asked", "said"], sft_split="train[:10]")
 TEXT = DataConfig(data_file="train.txt", data_type="utf-16le")
@@ -35,3 +37,13 @@ def test_held_out_data_are_read_as_the_training_data_are(data, path, kind, field
 def test_general_records_need_no_columns_of_the_training_data():
     found = general_data(replace(COLUMNS, data_type="sft"), "general.jsonl")
     assert (found.data_type, found.sft_field, found.sft_split) == ("jsonl", [], "train")
+
+
+def test_what_a_held_out_file_does_not_go_with_names_the_file(tmp_path):
+    path = tmp_path / "val.txt"
+    path.write_text("a text")
+    config = replace(build_groups({"data_file": "data"}), evaluation=EvaluationConfig(val_data_file=str(path)))
+    findings = Findings()
+    check_evaluation_files(config, findings)
+    assert len(findings.errors) == 1
+    assert findings.errors[0].what.startswith(f"--val_data_file {path}: --data_type utf-8 is one text")
