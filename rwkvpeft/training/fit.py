@@ -102,34 +102,7 @@ def fit(
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
     data.start_batch = progress.batches
-    keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
-    if keeps_rate:
-        say(f"{config.optimizer.optim}: the learning rate does not fall; --lr_schedule and --lr_final are not used")
-    graphs = _graphs(config, model, say)
-    module = RwkvModule(
-        model.train(),
-        # to count the rows that are trained would make the processor wait, which no recording can
-        build_objective(config, compact=graphs is None, rows=loss_rows),
-        schedule=build_schedule(
-            # the data may have told how many mini-epochs the tokens take
-            replace(config.schedule, epoch_count=plan.epoch_count),
-            epoch_steps=plan.epoch_steps,
-            keeps_rate=keeps_rate,
-            batch_tokens=_batch_tokens(config),
-            begun=plan.begun_steps,
-        ),
-        optimizer=config.optimizer,
-        plan=plan,
-        progress=progress,
-        train_stage=config.schedule.train_stage,
-        decay=_decay(config, plan),
-        seed=config.runtime.random_seed,
-        scaled_gradients=precision == "fp16",
-        rates=None if adapter is None else _rates(model, adapter).get,
-        after_step=None if adapter is None else partial(adapter.after_step, model),
-        graphs=graphs,
-        report=say,
-    )
+    module = _module(model, adapter, config, plan, progress, loss_rows, say)
     saving = _saving(config, checkpoints, plan, essentials, point, say)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
     callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving]
@@ -166,6 +139,46 @@ _FIXED: dict[str, Any] = {
     "use_distributed_sampler": False,
     "reload_dataloaders_every_n_epochs": 1,
 }
+
+
+def _module(
+    model: Rwkv,
+    adapter: Adapter | None,
+    config: TrainConfig,
+    plan: RunPlan,
+    progress: RunProgress,
+    loss_rows: RowChoice | RowProgram,
+    say: Callable[[str], None],
+) -> RwkvModule:
+    """The training loop's inside, as the settings want it."""
+    keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
+    if keeps_rate:
+        say(f"{config.optimizer.optim}: the learning rate does not fall; --lr_schedule and --lr_final are not used")
+    graphs = _graphs(config, model, say)
+    return RwkvModule(
+        model.train(),
+        # to count the rows that are trained would make the processor wait, which no recording can
+        build_objective(config, compact=graphs is None, rows=loss_rows),
+        schedule=build_schedule(
+            # the data may have told how many mini-epochs the tokens take
+            replace(config.schedule, epoch_count=plan.epoch_count),
+            epoch_steps=plan.epoch_steps,
+            keeps_rate=keeps_rate,
+            batch_tokens=_batch_tokens(config),
+            begun=plan.begun_steps,
+        ),
+        optimizer=config.optimizer,
+        plan=plan,
+        progress=progress,
+        train_stage=config.schedule.train_stage,
+        decay=_decay(config, plan),
+        seed=config.runtime.random_seed,
+        scaled_gradients=config.runtime.precision == "fp16",
+        rates=None if adapter is None else _rates(model, adapter).get,
+        after_step=None if adapter is None else partial(adapter.after_step, model),
+        graphs=graphs,
+        report=say,
+    )
 
 
 def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:
