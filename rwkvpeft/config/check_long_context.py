@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import LongContextConfig, TrainConfig
+from rwkvpeft.config.methods import members
 
 
 def check_long_context(config: TrainConfig, findings: Findings) -> None:
@@ -57,6 +58,11 @@ def _check_unused(long: LongContextConfig, findings: Findings) -> None:
 def long_context_remarks(config: TrainConfig) -> list[str]:
     """What a user may not expect of settings that go together, one line each."""
     long = config.long_context
-    if long.infctx and (config.data.ctx_len or 0) <= long.chunk_ctx:
+    if not long.infctx:
+        return []
+    if (config.data.ctx_len or 0) <= long.chunk_ctx:
         return [f"--infctx: each row is one chunk: --ctx_len {config.data.ctx_len}, --chunk_ctx {long.chunk_ctx}"]
+    if long.infctx_grad == "truncated" and "state" in members(config.method.peft):
+        return ["--infctx_grad truncated: the initial states learn from each row's first chunk alone, with exact "
+                "gradients from whole rows"]
     return []

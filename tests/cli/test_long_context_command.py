@@ -60,6 +60,13 @@ def test_rows_of_one_chunk_are_allowed_and_remarked(train):
     assert "each row is one chunk" in output
 
 
+def test_states_beside_another_method_are_remarked_where_most_of_a_row_does_not_train_them(train):
+    words = ("--infctx", "--chunk_ctx", 16, "--peft", "lora+state")
+    told = "the initial states learn from each row's first chunk alone"
+    assert told in train(*words)[1]
+    assert told not in train(*words, "--infctx_grad", "exact", "--resume", "none")[1]
+
+
 def test_a_plan_tells_of_the_chunks(capsys):
     sizes = "--my_testing x070 --n_layer 2 --n_embd 64 --vocab_size 300 --accelerator cpu --micro_bsz 1 --peft lora"
     assert plan([*sizes.split(), *["--ctx_len", "32", "--infctx", "--chunk_ctx", "16", "--infctx_grad", "exact"]]) == 0
