@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rwkvpeft.config.check_sources import TEXTS
+from rwkvpeft.config.check_sources import TABLES, TEXTS
 from rwkvpeft.config.data_files import check_data_files, data_files, format_of, without_suffix
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import DataConfig, EvaluationConfig, TrainConfig
@@ -114,7 +114,8 @@ def other_data(data: DataConfig, path: str) -> DataConfig:
         data_type=kind,
         magic_prime=0,
         sft_field=data.sft_field if takes_columns else [],
-        sft_split=data.sft_split if takes_columns else "train",
+        # a file has one split, of which the training data may be some rows
+        sft_split=data.sft_split if takes_columns and _suffix(path) not in TABLES else "train",
         my_sample_len=data.my_sample_len if kind == "uint16" else 0,
     )
 

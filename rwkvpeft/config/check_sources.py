@@ -16,7 +16,9 @@ TEXTS = ("utf-8", "utf-16le", "dummy")
 STREAMS = (*TEXTS, "numpy", "uint16")
 """Kinds without documents of their own, which are read in windows unless told otherwise."""
 
-_TABLES = (".csv", ".parquet", ".jsonl", ".json")
+TABLES = (".csv", ".parquet", ".jsonl", ".json")
+"""Ends of the names of files that ``--data_type sft`` reads without the ``datasets`` package."""
+
 _DUMMY = "dummy"
 _VOCABULARY = "vocab.json"
 _FIX_INSTALL = "pip install '.[data]'"
@@ -113,7 +115,7 @@ def check_source_file(path: str, kind: str, findings: Findings) -> None:
 
 def _check_table(path: str, findings: Findings) -> None:
     suffix = Path(path).suffix.lower()
-    is_file = suffix in _TABLES and not Path(path).is_dir()
+    is_file = suffix in TABLES and not Path(path).is_dir()
     findings.check(not is_file or Path(path).is_file(), "--data_file names a file that does not exist", found=path,
                    fix="check the path")
     package = {".parquet": "pyarrow"}.get(suffix) if is_file else "datasets"

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkvpeft.config.check_sources import TABLES
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.jsonl import Record
 from rwkvpeft.data.records import RecordSource, check_weights
-from rwkvpeft.data.tables import TABLES, missing_data_package, read_table
+from rwkvpeft.data.tables import missing_data_package, read_table
 from rwkvpeft.data.tokenizer import load_tokenizer
 from rwkvpeft.errors import UserError
 

@@ -16,8 +16,6 @@ from rwkvpeft.config.data_files import is_json_list
 from rwkvpeft.data.jsonl import Record, read_records, require_readable
 from rwkvpeft.errors import UserError
 
-TABLES = (".csv", ".parquet", ".jsonl", ".json")
-
 _LARGEST_FIELD_BYTES = 1 << 30
 _ROWS_AT_ONCE = 1024
 

@@ -31,7 +31,13 @@ TEXT = DataConfig(data_file="train.txt", data_type="utf-16le")
 def test_held_out_data_are_read_as_the_training_data_are(data, path, kind, fields):
     found = other_data(data, path)
     assert (found.data_type, found.sft_field) == (kind, fields)
-    assert found.sft_split == (data.sft_split if fields else "train")
+    assert found.sft_split == "train"
+
+
+def test_rows_of_a_training_dataset_are_no_rows_of_a_held_out_file():
+    data = replace(COLUMNS, data_type="sft", data_file="user/data")
+    assert other_data(data, "val.csv").sft_split == "train"
+    assert other_data(data, "user/more").sft_split == "train[:10]"
 
 
 def test_general_records_need_no_columns_of_the_training_data():
