@@ -180,11 +180,10 @@ def _batches(shape: ModelShape, config: TrainConfig, devices: int) -> int | None
     """Of one device in a mini-epoch; None if only data that are not there could tell."""
     if config.schedule.epoch_steps or not config.data.data_file:
         return config.schedule.epoch_steps or None
+    from rwkvpeft.cli.watch import open_training_data
     from rwkvpeft.data.datamodule import TrainingData
-    from rwkvpeft.data.dataset import open_dataset
 
-    assert config.data.ctx_len is not None
-    dataset = open_dataset(config.data, ctx_len=config.data.ctx_len, vocab_size=shape.vocab_size, seed=0)
+    dataset, _ = open_training_data(config, shape.vocab_size)
     return TrainingData(dataset, schedule=config.schedule, data=config.data, seed=0).steps_for(devices)
 
 

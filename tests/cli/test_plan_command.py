@@ -50,6 +50,15 @@ def test_a_checkpoint_and_data_tell_sizes_and_steps(plan, tiny_model, binidx_pre
     assert "3 x 3 batches of 5 rows of 48 tokens, 9 steps, 2,160 tokens" in out
 
 
+def test_documents_that_are_held_out_are_not_counted(plan, tiny_model, tmp_path):
+    data = tmp_path / "lines.jsonl"
+    data.write_text("".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(12)))
+    words = f"--load_model {tiny_model} --data_file {data} --tokenizer bytes --ctx_len 8 --accelerator cpu"
+    code, out, _ = plan(*words.split(), "--epoch_steps", 0, "--epoch_count", 3, "--micro_bsz", 2, "--val_split", 4)
+    assert code == 0
+    assert "3 x 4 batches of 2 rows" in out
+
+
 def test_the_speed_is_what_an_earlier_run_in_the_folder_was_seen_to_do(plan, tmp_path):
     step = json.dumps({"step": 1, "tokens": 3000, "t_cost": 2.0})
     (tmp_path / "loss_data.jsonl").write_text(f"{step}\n{step}\n")
