@@ -147,19 +147,17 @@ def _as_jsonl(options: argparse.Namespace, prefix: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with writing(prefix):
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(
-                tempfile.NamedTemporaryFile("w", suffix=".jsonl", dir=prefix.parent, encoding="utf-8")
-            )
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=prefix.parent))
+        path = Path(folder) / "rows.jsonl"
         line = 1
-        for record in sft_records(str(options.file), "train", options.sft_field, options.text_key):
-            # dates and the like are none of a document's parts
-            text = json.dumps(record.value, ensure_ascii=False, default=str)
-            with writing(prefix):
+        # closed before it is read: Windows opens no file twice
+        with writing(prefix), path.open("w", encoding="utf-8", newline="\n") as file:
+            for record in sft_records(str(options.file), "train", options.sft_field, options.text_key):
+                # dates and the like are none of a document's parts
+                text = json.dumps(record.value, default=str)
                 file.write("\n" * (record.line - line) + text)
-            line = record.line
-        with writing(prefix):
-            file.flush()
-        yield Path(file.name)
+                line = record.line
+        yield path
 
 
 def _output_prefix(source: Path, output: Path | None) -> Path:

@@ -26,7 +26,7 @@ class DataReport:
         longest: tokens of the longest document, its final 0 included.
         rows: rows that hold something to train.
         ctx_len: tokens in a row at most.
-        trained_tokens: targets of weight 1.
+        trained_tokens: targets of a weight above 0.
         cut_endings: documents whose final 0 lies beyond the row, so that their end is never learnt.
         empty_rows: rows without a trained token, which are left out.
         scanned_documents: how many documents, from the first, the counts of trained tokens and empty rows are about.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rwkvpeft.cli.make_data import main
+from rwkvpeft.data import convert
 from rwkvpeft.data.binidx import BinidxSource
 
 
@@ -49,3 +52,24 @@ def test_more_columns_than_are_read_are_refused(folder, capsys):
     assert main(["three.csv", "1", "8", "--tokenizer", "bytes", "--sft_field", "a", "b", "c"]) == 2
     assert "--sft_field takes the columns of prompt and answer" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["three.csv"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files")
+def test_the_rows_are_closed_before_they_are_read_for_windows_opens_no_file_twice(folder, monkeypatch):
+    held, itself = [], convert.convert
+
+    def look(job, report):
+        held.extend(path for path in Path("/proc/self/fd").iterdir() if path.exists() and path.samefile(job.path))
+        return itself(job, report)
+
+    monkeypatch.setattr(convert, "convert", look)
+    (folder / "texts.csv").write_text("text\none\n")
+    assert main(["texts.csv", "1", "8", "--tokenizer", "bytes"]) == 0
+    assert held == []
+    assert {path.name for path in folder.iterdir()} == {"texts.csv", "texts.bin", "texts.idx"}
+
+
+def test_half_of_a_surrogate_pair_in_a_list_is_named_by_its_place(folder, capsys):
+    (folder / "list.json").write_text('[{"text": "ok"}, {"text": "\\ud800"}]')
+    assert main(["list.json", "1", "8", "--tokenizer", "bytes"]) == 2
+    assert "list.json:2: the text holds half of a surrogate pair" in capsys.readouterr().err
