@@ -25,11 +25,18 @@ _SAMPLES = 64
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a flat dict of tensors as a ``.pth``; a crash at any moment leaves an older file whole.
 
-    Tensors are detached, moved to the CPU and made contiguous; aliases of one storage are written once each.
+    Tensors are detached, moved to the CPU and made contiguous; aliases of one storage are written once each. Equal
+    tensors make equal files, byte for byte.
     Raises: UserError if the file cannot be written.
     """
     plain = {name: _own_storage(tensor) for name, tensor in tensors.items()}
-    write_whole(path, lambda partial: torch.save(plain, partial))
+
+    def write(partial: Path) -> None:
+        # given a path, torch.save would write the name of the partial file into the archive
+        with partial.open("wb") as file:
+            torch.save(plain, file)
+
+    write_whole(path, write)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

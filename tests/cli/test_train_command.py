@@ -154,6 +154,15 @@ def test_the_same_command_goes_on_with_the_seed_it_had(train, tmp_path):
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["runtime"]["random_seed"] == seed
 
 
+def test_a_broken_resume_point_is_told_once(train, tmp_path):
+    train("--peft", "state")
+    newest = max((tmp_path / "out/resume").glob("step-*"))
+    (newest / "resume.json").write_text("junk")
+    code, output, errors = train("--peft", "state")
+    assert code == 0, errors
+    assert output.count("is broken and passed over") == 1
+
+
 @pytest.mark.slow
 def test_a_terminated_run_saves_and_leaves_with_code_0(tiny_model, binidx_prefix, tmp_path):
     words = (
