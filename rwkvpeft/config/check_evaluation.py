@@ -78,7 +78,7 @@ def _check_vocabulary(data: DataConfig, evaluation: EvaluationConfig, findings: 
 
 
 def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
-    """Note every file that is not there."""
+    """Note every file that is not there, and what is held out but trained on."""
     evaluation = config.evaluation
     for name, read_as in (("val_data_file", other_data), ("general_data_file", general_data)):
         if value := getattr(evaluation, name):
@@ -92,6 +92,14 @@ def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
                 # the checks know --data_file alone: what they say of its settings is said of this file
                 what = what if f"--{name}" in what else f"--{name} {value}: {what}"
                 findings.add(what, found=error.found, expected=error.expected, fix=fix if error.fix else None)
+    if evaluation.val_data_file and not findings.errors:
+        both = _paths(config.data.data_file) & _paths(evaluation.val_data_file)
+        findings.check(
+            not both,
+            "--val_data_file holds out what --data_file trains on",
+            found=", ".join(sorted(both)),
+            fix="--val_split 0.05 holds out a part of it",
+        )
     if evaluation.sample_prompts:
         findings.check(
             Path(evaluation.sample_prompts).is_file(),
@@ -99,6 +107,10 @@ def check_evaluation_files(config: TrainConfig, findings: Findings) -> None:
             found=evaluation.sample_prompts,
             fix="check the path",
         )
+
+
+def _paths(data_file: str) -> set[str]:
+    return {str(Path(part.path)) for part in data_files(without_suffix(data_file))} if data_file else set()
 
 
 def other_data(data: DataConfig, path: str) -> DataConfig:

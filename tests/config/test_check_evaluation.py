@@ -53,3 +53,17 @@ def test_what_a_held_out_file_does_not_go_with_names_the_file(tmp_path):
     check_evaluation_files(config, findings)
     assert len(findings.errors) == 1
     assert findings.errors[0].what.startswith(f"--val_data_file {path}: --data_type utf-8 is one text")
+
+
+@pytest.mark.parametrize("val", ["{}/b.jsonl", "{}/c.jsonl:2,{}/./b.jsonl:1"])
+def test_a_file_is_not_trained_on_and_held_out_at_once(tmp_path, val):
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a text"}')
+    config = replace(
+        build_groups({"data_file": f"{tmp_path}/a.jsonl:3,{tmp_path}/b.jsonl:1"}),
+        evaluation=EvaluationConfig(val_data_file=val.format(tmp_path, tmp_path)),
+    )
+    findings = Findings()
+    check_evaluation_files(config, findings)
+    assert [error.what for error in findings.errors] == ["--val_data_file holds out what --data_file trains on"]
+    assert str(findings.errors[0].found) == f"{tmp_path}/b.jsonl"
