@@ -6,9 +6,9 @@
 same binidx (the documentation inside Python's standard library, as bytes) in the same order (magic prime), start from
 the same weights, which its code draws, and follow the same schedule. Ours runs by ``train.py`` as a user would.
 
-Training magnifies round-off: equal programs that add in another order agree to the last digits at first and then drift
-apart by what a step of so few tokens scatters. ``--again`` shows how far: RWKV-LM beside itself with another number of
-threads.
+Training magnifies round-off: in fp32, equal programs that add in another order agree to the last digits at first and
+then drift apart. ``--again`` shows how far: RWKV-LM beside itself with another number of threads. ``--precision fp64``
+leaves hardly any round-off to magnify.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _compare(name: str, theirs: list[float], other: list[float]) -> None:
     apart = [abs(one - two) for one, two in zip(theirs, other, strict=True)]
     equal = next((step for step, difference in enumerate(apart) if difference > _EQUAL), len(apart))
     means = [abs(_mean(theirs, step) - _mean(other, step)) for step in range(len(theirs))]
-    print(f"{name}: the first {equal} steps within {_EQUAL:g}; largest difference {max(apart):.4f} at step "
-          f"{apart.index(max(apart)) + 1}, of means over {_SMOOTHED} steps {max(means):.4f}, mean "
-          f"{sum(apart) / len(apart):.4f}")
+    print(f"{name}: the first {equal} steps within {_EQUAL:g}; largest difference {max(apart):.1e} at step "
+          f"{apart.index(max(apart)) + 1}, of means over {_SMOOTHED} steps {max(means):.1e}, mean "
+          f"{sum(apart) / len(apart):.1e}")
 
 
 def _mean(losses: list[float], step: int) -> float:
@@ -75,6 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--micro_bsz", type=int, default=8)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr_init", type=float, default=6e-4, help="it falls to a tenth")
+    parser.add_argument("--precision", choices=("fp32", "fp64"), default="fp32")
     parser.add_argument("--op", default="torch", help="our program for the recurrence")
     parser.add_argument("--again", action="store_true", help="run RWKV-LM a second time, with two threads")
     parser.add_argument("--keep", help="folder for data, weights, logs and loss.png; otherwise nothing is kept")
@@ -93,6 +94,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = BinidxSource(prefix)
     return {
         "checkout": str(options.rwkv_lm.resolve()), "seed": 0, "steps": options.steps,
+        "precision": options.precision,
         "init": str(folder / "rwkv-init.pth"), "losses": str(folder / "rwkv-lm.json"), "proj_dir": str(folder / "ours"),
         "my_testing": options.version, "n_layer": options.n_layer, "n_embd": options.n_embd,
         "ctx_len": options.ctx_len, "micro_bsz": options.micro_bsz, "vocab_size": 256, "head_size": 64,
@@ -112,11 +114,11 @@ def _theirs(settings: dict[str, Any], threads: int = 1) -> list[float]:
 
 def _ours(settings: dict[str, Any], op: str) -> list[float]:
     same = ("ctx_len", "micro_bsz", "magic_prime", "my_exit_tokens", "lr_init", "lr_final", "warmup_steps",
-            "weight_decay", "adam_eps", "proj_dir", "data_file")
+            "weight_decay", "adam_eps", "proj_dir", "data_file", "precision")
     flags = [word for name in same for word in (f"--{name}", str(settings[name]))]
-    _run("train.py", "--load_model", settings["init"], "--dataload", "get", "--precision", "fp32", "--accelerator",
-         "cpu", "--op", op, "--epoch_steps", str(settings["steps"]), "--epoch_count", "1", "--random_seed", "0",
-         "--resume", "none", "--tokenizer", "bytes", *flags)
+    _run("train.py", "--load_model", settings["init"], "--dataload", "get", "--accelerator", "cpu", "--op", op,
+         "--epoch_steps", str(settings["steps"]), "--epoch_count", "1", "--random_seed", "0", "--resume", "none",
+         "--tokenizer", "bytes", *flags)
     lines = (Path(settings["proj_dir"]) / "loss_data.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

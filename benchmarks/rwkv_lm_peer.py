@@ -27,6 +27,8 @@ FOLDERS = {"x052": "RWKV-v5", "x060": "RWKV-v5", "x070": "RWKV-v7/train_temp"}
 def train(settings: dict[str, Any]) -> list[float]:
     """Draw initial weights, save them as ``init``, train for ``steps`` and return each step's loss."""
     torch.set_num_threads(settings["threads"])
+    if settings["precision"] == "fp64":
+        torch.set_default_dtype(torch.float64)
     args = _arguments(settings)
     upstream, data, trainer = _import(Path(settings["checkout"]) / FOLDERS[args.my_testing], args)
     torch.manual_seed(settings["seed"])

@@ -232,7 +232,7 @@ class RuntimeConfig:
     precision: str | None = flag(
         None,
         help="arithmetic; by machine: bf16 on a GPU that has it, otherwise fp32",
-        choices=("fp32", "tf32", "bf16", "fp16"),
+        choices=("fp32", "tf32", "bf16", "fp16", "fp64"),
     )
     grad_cp: str = flag(
         "0",

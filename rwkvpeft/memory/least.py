@@ -58,14 +58,15 @@ def least_need(
     """
     counts = counts_of(shape, config, make_adapter, packed)
     numbers = DTYPES[config.runtime.precision or "fp32"].itemsize
+    trained = counts.trained * max(numbers, 4)
     varies = config.data.rows_vary
     rows = config.schedule.micro_bsz * (1 if varies else config.tokens_at_once)
     states = 0 if varies else bytes_of_states(shape, config, beyond=2)
     kept = counts.layers * _KEPT_PER_BLOCK[config.runtime.grad_cp]
     return Least(
-        weights=counts.frozen_bytes + 4 * counts.trained,
+        weights=counts.frozen_bytes + trained,
         optimizer=counts.trained * find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
-        gradients=4 * counts.trained,
+        gradients=trained,
         activations=kept * rows * shape.n_embd * numbers + states,
         logits=min(_LOGIT_ROWS, rows) * shape.vocab_size * numbers,
     )
@@ -115,7 +116,7 @@ def ways_out(config: TrainConfig, need: Least | None = None) -> list[str]:
     # where auto was to choose, a run that failed all the same may have been taken for smaller than it is
     if runtime.grad_cp in ("0", "selective") or (runtime.grad_cp == "auto" and need is None):
         ways.append("--grad_cp 1")
-    if runtime.precision in ("fp32", "tf32") and method.peft != "none":
+    if runtime.precision in ("fp32", "tf32", "fp64") and method.peft != "none":
         ways.append("--precision bf16")
     ways += _shorter(config)
     weights_first = need is not None and need.total - need.activations - need.logits > need.activations

@@ -31,7 +31,9 @@ from rwkvpeft.quantization.format import Format
 from rwkvpeft.quantization.linear import QuantizedLinear
 from rwkvpeft.registry import BACKENDS, find
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+}
 
 UNPACKED = Quantisation()
 
@@ -107,7 +109,7 @@ def training_outline(
             adapter.attach(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
     # auto is decided by what the levels need: until then the one that needs least
     model.recompute = LEVELS.get(config.runtime.grad_cp, "block")
     model.regularise(dropout=config.method.dropout, neftune_alpha=config.method.neftune_alpha)

@@ -21,6 +21,8 @@ COMPUTE_DTYPES = {
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    # to tell rounding from other differences
+    "fp64": torch.float64,
 }
 """Precision: dtype of activations and of frozen weights."""
 
@@ -128,14 +130,16 @@ def _refuse(name: str) -> None:
 def place_model(model: nn.Module, precision: str, device: torch.device | str = "cpu") -> None:
     """Give parameters the dtypes of a training run, and move them to ``device``.
 
-    Frozen parameters rest in the compute dtype, trained ones in fp32, so that small steps are not lost to rounding;
+    Frozen parameters rest in the compute dtype, trained ones in fp32 at least, so that small steps are not lost to
+    rounding;
     buffers, the parts of quantised weights, keep their dtypes;
     ``model.compute_dtype`` is set. A frozen fp32 ``time_state`` stays: the recurrence starts from it in fp32.
     """
     compute = COMPUTE_DTYPES[precision]
+    trained = torch.promote_types(compute, torch.float32)
     for name, parameter in model.named_parameters():
         kept = parameter.requires_grad or is_state(name)
-        parameter.data = parameter.data.to(device=device, dtype=torch.float32 if kept else compute)
+        parameter.data = parameter.data.to(device=device, dtype=trained if kept else compute)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     model.compute_dtype = compute  # type: ignore[assignment]

@@ -84,3 +84,10 @@ def test_the_parts_of_a_quantised_weight_keep_their_dtypes():
     place_model(model, "bf16")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_in_fp64_what_is_trained_is_fp64_too():
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    place_model(model, "fp64")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
