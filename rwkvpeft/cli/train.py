@@ -17,9 +17,8 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 if TYPE_CHECKING:
-    from rwkvpeft.checkpoints.adapter import Recipe
-    from rwkvpeft.training.module import RunPlan
-    from rwkvpeft.training.resume import ResumePoint
+    from rwkvpeft.cli.prepare import Opened, Prepared
+    from rwkvpeft.cli.scratch import Beginning
 
 _NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
 
@@ -63,59 +62,49 @@ def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:
         raise _out_of_memory(config, reason) from reason
 
 
-def _run(config: TrainConfig, remarks: list[str]) -> int:
+def _run(asked: TrainConfig, remarks: list[str]) -> int:
     # the libraries take seconds to import: mistakes found so far have been told without them
-    from rwkvpeft.cli import assemble, report, watch
+    from rwkvpeft.cli.prepare import open_run, prepare
     from rwkvpeft.cli.scratch import find_beginning
-    from rwkvpeft.data.datamodule import TrainingData
     from rwkvpeft.data.preview import preview
-    from rwkvpeft.data.text import data_tokenizer, keep_vocabulary
-    from rwkvpeft.memory import with_level
-    from rwkvpeft.training.fit import fit, run_plan
-    from rwkvpeft.training.optimizers.contract import find_optimizer
-    from rwkvpeft.training.strategies import find_device, trainer_arguments
+    from rwkvpeft.data.text import data_tokenizer
 
-    seed = config.runtime.random_seed
-    # what was asked is written down; what it comes to is found again by the next run
-    asked = config
-    config, base, origin, new, begun = find_beginning(config, _say, first_process=_is_first_process())
-    if new is not None and config.schedule.train_stage == 1:
+    beginning = find_beginning(asked, _say, first_process=_is_first_process())
+    config = beginning.config
+    if beginning.new is not None and config.schedule.train_stage == 1:
         for line in remarks:
             _say(line)
-        new.write(config, _say)
+        beginning.new.write(config, _say)
         _say("go on with --train_stage 2 or 3")
         return 0
-    adapter = assemble.make_adapter(config.method, base.shape)
-    assemble.check_merge(base, config.method, adapter)
-    assemble.check_whole_rows(base, config)
-    start = assemble.read_start(base, config.method, adapter)
-    find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
-    trainer_arguments(config.runtime)
-    assemble.check_fits(base, config)
-    dataset, held_out = watch.open_training_data(config, base.shape.vocab_size)
-    longest = config
-    if config.data.rows_vary:
-        longest = assemble.with_longest_row(config, dataset.longest_row)
-        assemble.check_fits(base, longest)
+    opened = open_run(config, beginning.base)
     if config.data.preview:
-        print(preview(dataset, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
+        print(preview(opened.rows, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
         return 0
-    watched = watch.make_watched(
-        config, held_out, base.shape.vocab_size, adapter, answers=not base.shape.head_qk
-    )
-    data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=seed)
-    recipe = assemble.make_recipe(base, config, adapter)
-    plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), begun)
-    point = _check_resume(config, recipe, plan)
-    if point is not None and adapter is not None:
-        adapter.take_constants(point.constants())
+    _fit(asked, beginning, opened, prepare(config, beginning, opened), remarks)
+    return 0
+
+
+def _fit(
+    asked: TrainConfig, beginning: Beginning, opened: Opened, prepared: Prepared, remarks: list[str]
+) -> None:
+    """Build the model, train it, and report. ``asked`` is written down: what it comes to, the next run finds again."""
+    from rwkvpeft.cli import assemble, report
+    from rwkvpeft.cli.run_report import write_report
+    from rwkvpeft.data.text import keep_vocabulary
+    from rwkvpeft.memory import with_level
+    from rwkvpeft.training.fit import fit
+
+    config, base, origin, new, begun = beginning
+    data, watched, recipe, plan = prepared
+    adapter = opened.adapter
     # on a GPU this compiles and measures: after everything that may be refused at once
     chosen, more = assemble.choose_programs(base.shape, config)
     if new is not None:
         base = new.write(config, _say)
         recipe = assemble.make_recipe(base, config, adapter)
-    recompute = assemble.choose_recompute(base, longest, chosen)
-    model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, start)
+    recompute = assemble.choose_recompute(base, opened.longest, chosen)
+    model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, opened.start)
     lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin, watched=watched)
     for line in [*remarks, *more, *lines]:
         _say(line)
@@ -127,12 +116,9 @@ def _run(config: TrainConfig, remarks: list[str]) -> int:
                  loss_rows=chosen.rows.program, watched=watched, begun=begun)
     ending = report.end_lines(config, base, result)
     if config.evaluation.report and _is_first_process():
-        from rwkvpeft.cli.run_report import write_report
-
         ending.append(f"report    {write_report(config, result, beginning=lines, ending=ending)}")
     for line in ending:
         _say(line)
-    return 0
 
 
 def _method_settings(method: str) -> type | None:
@@ -186,19 +172,6 @@ def _is_first_process() -> bool:
 def _say(line: str) -> None:
     if _is_first_process():
         print(line)
-
-
-def _check_resume(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> ResumePoint | None:
-    """The point the run goes on from, if any. Refuses other settings before anything is written."""
-    from rwkvpeft.training.essentials import essential_settings
-    from rwkvpeft.training.resume import check_essentials, find_point
-
-    # broken points are told where the run goes on
-    point = find_point(config.output, lambda line: None)
-    if point is None:
-        return None
-    check_essentials(point, essential_settings(config, recipe, plan))
-    return point
 
 
 def _out_of_memory(config: TrainConfig, reason: BaseException) -> UserError:

@@ -1,0 +1,86 @@
+"""What of a training run may be refused, done before anything is written or computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rwkvpeft.adapters.base import Adapter
+from rwkvpeft.checkpoints.adapter import Recipe
+from rwkvpeft.cli import assemble, watch
+from rwkvpeft.cli.assemble import Base
+from rwkvpeft.cli.scratch import Beginning
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.data.datamodule import TrainingData
+from rwkvpeft.data.rows import RowDataset
+from rwkvpeft.training.callbacks.watching import Watched
+from rwkvpeft.training.essentials import essential_settings
+from rwkvpeft.training.fit import run_plan
+from rwkvpeft.training.module import RunPlan
+from rwkvpeft.training.optimizers.contract import find_optimizer
+from rwkvpeft.training.resume import check_essentials, find_point
+from rwkvpeft.training.strategies import find_device, trainer_arguments
+
+
+class Opened(NamedTuple):
+    """The method and the data of a run, which go together.
+
+    ``start`` are the adapter's first values where a file gives them; ``longest`` the settings with rows as long as the
+    longest of the data, for what memory they need.
+    """
+
+    adapter: Adapter | None
+    start: dict[str, Tensor] | None
+    rows: RowDataset
+    held_out: RowDataset | None
+    longest: TrainConfig
+
+
+class Prepared(NamedTuple):
+    """The rest of what a run needs beside its model."""
+
+    data: TrainingData
+    watched: Watched
+    recipe: Recipe
+    plan: RunPlan
+
+
+def open_run(config: TrainConfig, base: Base) -> Opened:
+    """Make the adapter and open the data.
+
+    Raises: UserError if the machine, the memory, the base, the adapter's file or the data do not suit the settings.
+    """
+    adapter = assemble.make_adapter(config.method, base.shape)
+    assemble.check_merge(base, config.method, adapter)
+    assemble.check_whole_rows(base, config)
+    start = assemble.read_start(base, config.method, adapter)
+    find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
+    trainer_arguments(config.runtime)
+    assemble.check_fits(base, config)
+    rows, held_out = watch.open_training_data(config, base.shape.vocab_size)
+    longest = config
+    if config.data.rows_vary:
+        longest = assemble.with_longest_row(config, rows.longest_row)
+        assemble.check_fits(base, longest)
+    return Opened(adapter, start, rows, held_out, longest)
+
+
+def prepare(config: TrainConfig, beginning: Beginning, opened: Opened) -> Prepared:
+    """Open what the run is watched with, and compare its settings with those of the run it goes on with, if any.
+
+    Raises: UserError if held-out data or prompts cannot be read, or the settings are others.
+    """
+    base, adapter = beginning.base, opened.adapter
+    answers = not base.shape.head_qk
+    watched = watch.make_watched(config, opened.held_out, base.shape.vocab_size, adapter, answers=answers)
+    data = TrainingData(opened.rows, schedule=config.schedule, data=config.data, seed=config.runtime.random_seed)
+    recipe = assemble.make_recipe(base, config, adapter)
+    plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), beginning.begun)
+    # broken points are told where the run goes on
+    point = find_point(config.output, lambda line: None)
+    if point is not None:
+        check_essentials(point, essential_settings(config, recipe, plan))
+        if adapter is not None:
+            adapter.take_constants(point.constants())
+    return Prepared(data, watched, recipe, plan)
