@@ -151,8 +151,10 @@ def in_chunks(settings, grad, chunk=64):
     return replace(settings, long_context=LongContextConfig(infctx=True, chunk_ctx=chunk, infctx_grad=grad))
 
 
-@pytest.mark.parametrize("grad", ["truncated", "exact"])
-@pytest.mark.parametrize(("peft", "grad_cp"), [("none", "0"), ("none", "1"), ("lora", "0"), ("state", "0")])
+@pytest.mark.parametrize(
+    ("peft", "grad_cp", "grad"),
+    [("none", "0", "truncated"), ("none", "1", "exact"), ("lora", "0", "exact"), ("state", "0", "exact")],
+)
 def test_the_expected_peak_of_a_step_in_chunks_is_the_measured_one(peft, grad_cp, grad):
     settings = in_chunks(config(peft, micro_bsz=1, ctx_len=6 * 64 - 7, precision="fp32", grad_cp=grad_cp), grad)
     need = expected(SMALL, settings)
@@ -170,7 +172,7 @@ def test_further_chunks_need_no_more_than_the_states_between_them(grad):
 @pytest.mark.parametrize("grad", ["truncated", "exact"])
 @pytest.mark.parametrize("peft", ["none", "lora"])
 def test_the_least_of_a_run_in_chunks_is_never_more_than_the_expected(peft, grad):
-    settings = in_chunks(config(peft, ctx_len=4096, grad_cp="1"), grad)
+    settings = in_chunks(config(peft, ctx_len=256, grad_cp="1"), grad)
     assert least(SMALL, settings).total <= expected(SMALL, settings).total
 
 
@@ -184,10 +186,10 @@ def test_a_run_that_cannot_fit_may_be_cut_into_chunks():
 
 @pytest.mark.parametrize("peft", ["none", "lora", "state"])
 @pytest.mark.parametrize("grad_cp", LEVELS)
-@pytest.mark.parametrize("chunk", [0, 32])
+@pytest.mark.parametrize("chunk", [0, 48])
 def test_a_deep_model_is_expected_to_need_what_running_all_its_blocks_says(monkeypatch, peft, grad_cp, chunk):
-    if chunk and grad_cp != "1":
-        pytest.skip("one level is enough for chunks")
+    if chunk and (peft, grad_cp) != ("lora", "1"):
+        pytest.skip("one case is enough for chunks")
     shape = replace(SMALL, n_layer=7)
     settings = config(peft, ctx_len=96, grad_cp=grad_cp, accumulate=2)
     settings = in_chunks(settings, "exact", chunk) if chunk else settings
