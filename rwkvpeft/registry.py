@@ -73,6 +73,19 @@ ADAPTER_SETTINGS: dict[str, str] = {
 }
 """Each adapter's settings, which ``--help`` shows without importing what the adapter itself needs."""
 
+STRATEGIES: dict[str, str] = {
+    "auto": "rwkvpeft.training.strategies.whole:Whole",
+    "ddp": "rwkvpeft.training.strategies.whole:Whole",
+    "fsdp": "rwkvpeft.training.strategies.fsdp:Fsdp",
+    "deepspeed_stage_1": "rwkvpeft.training.strategies.deepspeed:DeepSpeed",
+    "deepspeed_stage_1_offload": "rwkvpeft.training.strategies.deepspeed:DeepSpeed",
+    "deepspeed_stage_2": "rwkvpeft.training.strategies.deepspeed:DeepSpeed",
+    "deepspeed_stage_2_offload": "rwkvpeft.training.strategies.deepspeed:DeepSpeed",
+    "deepspeed_stage_3": "rwkvpeft.training.strategies.deepspeed:DeepSpeed",
+    "deepspeed_stage_3_offload": "rwkvpeft.training.strategies.deepspeed:DeepSpeed",
+}
+"""How the processes of a run share its numbers."""
+
 FORMATS: dict[str, str] = {
     "int8": "rwkvpeft.quantization.int8:Int8",
     "nf4": "rwkvpeft.quantization.four_bit:Nf4",

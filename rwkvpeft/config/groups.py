@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwkvpeft.config.flags import flag
-from rwkvpeft.registry import ADAPTERS, BACKENDS, FORMATS, OPTIMIZERS
+from rwkvpeft.registry import ADAPTERS, BACKENDS, FORMATS, OPTIMIZERS, STRATEGIES
 
 _PROGRAMS = ", ".join(dict.fromkeys(name for row in BACKENDS.values() for name in row))
 
@@ -228,7 +228,18 @@ class RuntimeConfig:
     accelerator: str = flag("auto", help="where to train", choices=("auto", "gpu", "cpu"))
     devices: int = flag(1, help="devices on this machine")
     num_nodes: int = flag(1, help="machines that train together")
-    strategy: str = flag("auto", help="how devices share the work")
+    strategy: str = flag(
+        "auto",
+        help="how devices share the work; auto: one device alone, several as ddp, each with a whole copy; "
+        "deepspeed_stage_1: the optimizer is split, 2: gradients too, 3: weights too; _offload: the optimizer in main "
+        "memory; fsdp: everything is split",
+        choices=STRATEGIES,
+        metavar="NAME",
+    )
+    ds_bucket_mb: int = flag(
+        200, help="DeepSpeed: numbers that travel together, in millions, at most", unit="million numbers"
+    )
+    ds_config: str = flag("", help="DeepSpeed: a JSON file of further settings, which win over ours", metavar="FILE")
     precision: str | None = flag(
         None,
         help="arithmetic; by machine: bf16 on a GPU that has it, otherwise fp32",
@@ -272,6 +283,11 @@ class OutputConfig:
         5, help="write a checkpoint every so many mini-epochs; the last is always written; 0: only that"
     )
     save_steps: int = flag(0, help="also save the resume point every so many optimizer steps; 0: each mini-epoch")
+    step_save: int = flag(
+        0, help="also write a checkpoint, rwkv-step-N.pth, every so many optimizer steps; 0: never", unit="steps"
+    )
+    keep: int = flag(0, help="keep only so many of the newest checkpoints; 0: all; rwkv-best.pth always stays")
+    save_async: bool = flag(False, help="write checkpoints and resume points while training goes on")
     resume: str = flag("auto", help="auto: go on from proj_dir/resume if it is there; none; or a folder", metavar="DIR")
     wandb: str = flag("", help="project name on Weights & Biases; empty: not used")
 
@@ -321,6 +337,32 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What happens when something goes wrong."""
+
+    skip_broken: int = flag(
+        8, help="leave out up to so many steps in a row whose loss or gradient is not finite; 0: stop at the first"
+    )
+    spike: float = flag(
+        6.0,
+        help="note the documents of a step whose loss lies so many standard deviations above the last hundred; "
+        "0: never",
+    )
+    on_oom: str = flag(
+        "stop",
+        help="when memory does not suffice; halve: half the --micro_bsz and twice the --accumulate_grad_batches, which "
+        "gives the same results, from the last resume point (one device)",
+        choices=("stop", "halve"),
+    )
+    read_timeout: float = flag(
+        600.0, help="end the run when the data's file system has not answered for so long; 0: never", unit="seconds"
+    )
+    peer_timeout: float = flag(
+        30.0, help="end the run when another of its processes has not been heard of for so long", unit="seconds"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All of a run, resolved: what ``config.yaml`` holds."""
 
@@ -333,6 +375,7 @@ class TrainConfig:
     output: OutputConfig
     long_context: LongContextConfig = LongContextConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     @property
     def tokens_at_once(self) -> int:

@@ -69,7 +69,6 @@ FLAGS: dict[str, UpstreamFlag] = {
     "head_chunk": _none(0, "the loss is always computed in chunks"),
     "kernel": _none("", "--op says which program computes the recurrence", "--op auto"),
     "compile": _none("false", "compiling the model is not available", kind="switch"),
-    "ds_bucket_mb": _none(200, "only DeepSpeed reads it, which is not available yet"),
     "cuda_cleanup": _none(0, "it is read nowhere upstream"),
     "enable_progress_bar": _none("true", "progress is always shown", kind="switch"),
     "tiny_att_dim": _none(0, _NO_TRICK),
