@@ -18,6 +18,7 @@ from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from rwkvpeft.config.layer_profile import read_layer_profile
 from rwkvpeft.config.methods import check_method, members
+from rwkvpeft.config.splitting_batches import check_splitting
 from rwkvpeft.errors import UserError
 
 _AT_LEAST: dict[str, dict[str, float]] = {
@@ -61,6 +62,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     check_evaluation(config, findings)
     check_long_context(config, findings)
     check_rows(config.data, findings)
+    check_splitting(config, findings)
     check_chat(config.data, findings)
 
 

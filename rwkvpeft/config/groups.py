@@ -123,7 +123,15 @@ class ScheduleConfig:
     epoch_steps: int = flag(1000, help="batches per device in a mini-epoch; 0: one pass over the data", unit="batches")
     epoch_count: int = flag(500, help="mini-epochs to train")
     epoch_begin: int = flag(0, help="number of the first mini-epoch, for file names")
-    micro_bsz: int = flag(12, help="rows per device and batch", unit="rows")
+    micro_bsz: int = flag(
+        12, help="rows per device and batch; auto:N: N, with --micro_split auto", unit="rows", metavar="N|auto"
+    )
+    micro_split: str = flag(
+        "1",
+        help="work through the rows of a batch in so many equal parts, one after another, which gives the same results "
+        "with less memory; auto: the fewest that are expected to fit",
+        metavar="N|auto",
+    )
     accumulate_grad_batches: int = flag(1, help="batches per optimizer step", unit="batches")
     lr_init: float | None = flag(None, help="learning rate after warm-up; by method: state 1, otherwise 6e-4")
     lr_final: float | None = flag(None, help="learning rate at the end; by method: state 0.01, otherwise 1e-5")

@@ -20,6 +20,7 @@ from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.help import HelpFormatter, help_text, method_lines, upstream_lines
 from rwkvpeft.config.methods import check_method, members
 from rwkvpeft.config.settings_file import read_flat
+from rwkvpeft.config.splitting_batches import spelled_out
 from rwkvpeft.config.upstream_methods import chosen_method
 from rwkvpeft.config.values import from_words, from_yaml
 from rwkvpeft.errors import UserError
@@ -52,11 +53,12 @@ def parse_train(argv: Sequence[str], method_settings: Callable[[str], type | Non
     given: dict[str, Any] = vars(known)
     config_words = given.pop("config", None)
     findings = Findings()
-    command_line = _convert({name: _as_words(words) for name, words in given.items()}, from_words, findings)
+    typed = {name: _as_words(words) for name, words in spelled_out(given, findings).items()}
+    command_line = _convert(typed, from_words, findings)
     from_file: dict[str, Any] = {}
     if config_words:
         path = Path(_as_words(config_words)[0])
-        from_file = _convert(read_flat(path, group_types(), _spec_of), from_yaml, findings)
+        from_file = _convert(spelled_out(read_flat(path, group_types(), _spec_of), findings), from_yaml, findings)
     if not any("valid JSON" in error.what for error in findings.errors):
         _report_extras(extras, findings)
     method = chosen_method(command_line, findings) or chosen_method(from_file, findings)

@@ -6,10 +6,15 @@ Which rows an optimizer step takes depends on the rows of a step alone. How many
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.errors import ContractError
+
+AUTO = "auto"
 
 
 def split_batches(config: TrainConfig, parts: int, *, epoch_steps: int | None = None) -> TrainConfig:
@@ -35,8 +40,15 @@ def split_batches(config: TrainConfig, parts: int, *, epoch_steps: int | None = 
             micro_bsz=schedule.micro_bsz // parts,
             accumulate_grad_batches=schedule.accumulate_grad_batches * parts,
             epoch_steps=steps * parts,
+            micro_split="1",
         ),
     )
+
+
+def in_smallest_parts(config: TrainConfig) -> TrainConfig:
+    """The run in the parts that ``--micro_split`` asks for; for auto in the smallest it may choose, single rows."""
+    asked, rows = config.schedule.micro_split, config.schedule.micro_bsz
+    return split_batches(config, rows if asked == AUTO else int(asked))
 
 
 def possible_parts(micro_bsz: int) -> list[int]:
@@ -58,3 +70,46 @@ def other_noise(config: TrainConfig) -> str | None:
     if config.data.dataload == "pack" and config.optimizer.logit_penalty:
         return "--logit_penalty is a mean over a batch, and packed batches are not equally full"
     return None
+
+
+def spelled_out(raw: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Values as typed, by field name, with ``--micro_bsz auto`` and ``auto:N`` as the two settings they stand for."""
+    values = dict(raw)
+    typed = values.get("micro_bsz")
+    word = typed[0] if isinstance(typed, list) and typed else typed
+    if not isinstance(word, str) or word.partition(":")[0] != AUTO:
+        return values
+    split = values.setdefault("micro_split", AUTO)
+    findings.check(
+        split in (AUTO, [AUTO]),
+        f"--micro_bsz {word} chooses the parts itself, and --micro_split gives their number",
+        fix=f"leave --micro_split out, or --micro_bsz {word.partition(':')[2] or 'N'}",
+    )
+    del values["micro_bsz"]
+    if ":" in word:
+        values["micro_bsz"] = word.partition(":")[2]
+    return values
+
+
+def check_splitting(config: TrainConfig, findings: Findings) -> None:
+    """Note a number of parts that rows cannot be cut into, and settings under which other rows would be trained."""
+    asked, rows = config.schedule.micro_split, config.schedule.micro_bsz
+    if asked == "1":
+        return
+    if asked == AUTO:
+        findings.check(
+            config.runtime.num_nodes == 1,
+            "several machines cannot agree by themselves on the parts that batches are cut into",
+            found=f"--micro_split {AUTO}",
+            fix="--micro_split N, where python -m rwkvpeft.plan tells what fits",
+        )
+    elif not asked.isdecimal() or int(asked) < 1 or rows % int(asked):
+        parts = ", ".join(str(number) for number in possible_parts(rows))
+        findings.add(
+            f"--micro_split cannot cut {rows} rows into equal parts", found=asked, expected=f"{parts} or {AUTO}"
+        )
+    reason = other_samples(config)
+    findings.check(
+        reason is None, "a batch that is cut into parts would have other rows", found=reason,
+        fix="leave --micro_split out, or what it does not go with",
+    )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rwkvpeft.config.groups import ScheduleConfig, TrainConfig
-from rwkvpeft.config.parse import build_groups
-from rwkvpeft.config.splitting_batches import other_noise, other_samples, possible_parts, split_batches
+from rwkvpeft.config.parse import build_groups, parse_train
+from rwkvpeft.config.resolve import Machine, resolve
+from rwkvpeft.config.settings_file import write_settings
+from rwkvpeft.config.splitting_batches import (
+    in_smallest_parts,
+    other_noise,
+    other_samples,
+    possible_parts,
+    split_batches,
+)
 from rwkvpeft.data.loader import BatchPlan
-from rwkvpeft.errors import ContractError
+from rwkvpeft.errors import ContractError, UserError
 from rwkvpeft.training.schedules import build_schedule, steps_to_tokens
 
 
@@ -80,3 +90,42 @@ def test_only_similar_lengths_depend_on_the_rows_of_a_batch() -> None:
 def test_noise_drawn_and_means_taken_for_each_batch_are_told(values: dict[str, object]) -> None:
     assert other_noise(_config()) is None
     assert other_noise(_config(**values)) is not None
+
+
+@pytest.mark.parametrize(("word", "rows"), [("auto", 12), ("auto:24", 24)])
+def test_auto_stands_for_two_settings(word: str, rows: int) -> None:
+    values = parse_train(["--micro_bsz", word])
+    schedule = build_groups(values).schedule
+    assert (schedule.micro_bsz, schedule.micro_split) == (rows, "auto")
+
+
+def test_auto_may_stand_in_a_file_and_be_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("schedule:\n  micro_bsz: auto:8\n")
+    config = build_groups(parse_train(["--config", str(file)]))
+    write_settings(tmp_path / "config.yaml", config)
+    again = build_groups(parse_train(["--config", str(tmp_path / "config.yaml")]))
+    assert (again.schedule.micro_bsz, again.schedule.micro_split) == (8, "auto")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--micro_bsz auto:many", "--micro_bsz cannot take this value"),
+        ("--micro_bsz auto --micro_split 2", "chooses the parts itself"),
+        ("--micro_bsz 8 --micro_split 3", "1, 2, 4, 8 or auto"),
+        ("--micro_bsz 8 --micro_split half", "1, 2, 4, 8 or auto"),
+        ("--micro_bsz auto --length_buckets", "other rows"),
+        ("--micro_bsz auto --num_nodes 2", "several machines cannot agree"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(words: str, message: str) -> None:
+    given = [*words.split(), "--data_file", "lines.jsonl", "--load_model", "model.pth", "--random_seed", "1"]
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(parse_train(given), Machine("cpu", has_bf16=True))
+    assert "settings need a change" not in str(caught.value)
+
+
+def test_what_is_checked_beforehand_is_the_smallest_that_may_be_chosen() -> None:
+    assert in_smallest_parts(_config(micro_bsz=8, micro_split="auto")).schedule.micro_bsz == 1
+    assert in_smallest_parts(_config(micro_bsz=8, micro_split="4")).schedule.micro_bsz == 2
