@@ -56,7 +56,7 @@ from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.parameter_groups import parameter_groups
-from rwkvpeft.training.strategies import place_model
+from rwkvpeft.training.devices import place_model
 
 SIZES = {
     "tiny": (2, 128, 512),

@@ -33,7 +33,7 @@ from rwkvpeft.registry import BLOCK_OPS, find
 from rwkvpeft.training.graphed_step import CudaGraphs, GraphedStep, why_not
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.parameter_groups import parameter_groups
-from rwkvpeft.training.strategies import COMPUTE_DTYPES, place_model
+from rwkvpeft.training.devices import COMPUTE_DTYPES, place_model
 
 _SETTINGS = {"state": {}, "none": {}}
 

@@ -54,7 +54,7 @@ from rwkvpeft.ops.contract import Backend, Needs
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_choose import RowsChoice, choose_rows
 from rwkvpeft.registry import BACKENDS, BLOCK_OPS, find
-from rwkvpeft.training.strategies import COMPUTE_DTYPES, find_device, local_device
+from rwkvpeft.training.devices import COMPUTE_DTYPES, find_device, local_device
 
 # settings that change what an adapter's tensors compute and that the tensors do not tell
 _SCALES = ("lora_alpha", "use_rslora")

@@ -15,12 +15,13 @@ from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.training.callbacks.watching import Watched
+from rwkvpeft.training.devices import find_device
 from rwkvpeft.training.essentials import essential_settings
 from rwkvpeft.training.fit import run_plan
 from rwkvpeft.training.module import RunPlan
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.resume import check_essentials, find_point
-from rwkvpeft.training.strategies import find_device, trainer_arguments
+from rwkvpeft.training.strategies.build import build_sharing
 
 
 class Opened(NamedTuple):
@@ -56,7 +57,7 @@ def open_run(config: TrainConfig, base: Base) -> Opened:
     assemble.check_whole_rows(base, config)
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
-    trainer_arguments(config.runtime)
+    build_sharing(config)
     assemble.check_fits(base, config)
     rows, held_out = watch.open_training_data(config, base.shape.vocab_size)
     longest = config

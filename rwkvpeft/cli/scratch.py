@@ -21,8 +21,8 @@ from rwkvpeft.data.text import data_tokenizer, keep_vocabulary
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import ModelShape, new_shape, read_shape
 from rwkvpeft.registry import MODELS, find
+from rwkvpeft.training.devices import COMPUTE_DTYPES
 from rwkvpeft.training.resume import ResumePoint, find_point
-from rwkvpeft.training.strategies import COMPUTE_DTYPES
 
 INITIAL = "rwkv-init.pth"
 _BEFORE_THE_FIRST = -1

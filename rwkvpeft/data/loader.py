@@ -130,12 +130,16 @@ def worker_arguments(config: DataConfig) -> dict[str, Any]:
 
 
 def evaluation_batches(
-    dataset: RowDataset, micro_bsz: int, rank: int = 0, world_size: int = 1
+    dataset: RowDataset, micro_bsz: int, rank: int = 0, world_size: int = 1, *, equally_many: bool = False
 ) -> Iterator[TokenBatch]:
     """All rows once, in the file's order, or by length where they are padded to the longest of a batch; the last batch
     may be short. ``step_weight`` is that of the batch alone.
 
-    Args: ``rank`` takes batches ``rank``, ``rank`` + ``world_size`` and so on, and reads no others.
+    Args:
+        rank: takes batches ``rank``, ``rank`` + ``world_size`` and so on, and reads no others.
+        equally_many: a rank that would get one batch fewer than others takes the first one without weight beside its
+            own.
+
     Raises: UserError for rows of different lengths in one batch.
     """
     require_equal_lengths(dataset, micro_bsz)
@@ -145,6 +149,10 @@ def evaluation_batches(
     for start in range(rank * micro_bsz, len(order), world_size * micro_bsz):
         rows = [dataset.row(index) for index in order[start : start + micro_bsz]]
         yield _batch(_join(rows, dataset.joining), _weight_sum(rows))
+    batches = -(-len(order) // micro_bsz)
+    if equally_many and batches % world_size and rank >= batches % world_size:
+        rows = [row._replace(weights=np.zeros_like(row.weights)) for row in map(dataset.row, order[:micro_bsz])]
+        yield _batch(_join(rows, dataset.joining), 0.0)
 
 
 def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:

@@ -30,6 +30,7 @@ from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
 from rwkvpeft.training.callbacks.watching import Watched, Watching
+from rwkvpeft.training.devices import find_device, matmul_precision, place_model
 from rwkvpeft.training.essentials import essential_settings
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.history import History
@@ -43,7 +44,9 @@ from rwkvpeft.training.resume import (
     resume_folder,
 )
 from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
-from rwkvpeft.training.strategies import find_device, matmul_precision, place_model, trainer_arguments
+from rwkvpeft.training.step_guard import StepGuard
+from rwkvpeft.training.strategies.build import build_sharing
+from rwkvpeft.training.strategies.contract import Sharing
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def fit(
         training diverges, or a file cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
     say = _quietly_shared(report)
-    arguments = trainer_arguments(config.runtime)
+    sharing = build_sharing(config)
     _freeze_unread(model)
     precision = config.runtime.precision or "fp32"
     place_model(model, precision)
@@ -102,7 +105,7 @@ def fit(
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
     data.start_batch = progress.batches
-    module = _module(model, adapter, config, plan, progress, loss_rows, say)
+    module = _module(model, adapter, config, plan, progress, sharing, loss_rows, say)
     saving = _saving(config, checkpoints, plan, essentials, point, say)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
     callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving]
@@ -111,7 +114,7 @@ def fit(
         callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send))
     with _quiet_lightning(), matmul_precision(precision):
         trainer = pl.Trainer(
-            **arguments,
+            **sharing.trainer_arguments(),
             **_FIXED,
             max_epochs=epochs_left,
             accumulate_grad_batches=plan.accumulate_grad_batches,
@@ -147,6 +150,7 @@ def _module(
     config: TrainConfig,
     plan: RunPlan,
     progress: RunProgress,
+    sharing: Sharing,
     loss_rows: RowChoice | RowProgram,
     say: Callable[[str], None],
 ) -> RwkvModule:
@@ -170,6 +174,8 @@ def _module(
         optimizer=config.optimizer,
         plan=plan,
         progress=progress,
+        sharing=sharing,
+        guard=StepGuard(),
         train_stage=config.schedule.train_stage,
         decay=_decay(config, plan),
         seed=config.runtime.random_seed,

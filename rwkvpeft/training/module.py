@@ -24,9 +24,8 @@ from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.optimizers.schedule_free import ScheduleFree
 from rwkvpeft.training.parameter_groups import parameter_groups
 from rwkvpeft.training.schedules import Schedule, batches_before, steps_per_epoch, weight_decay_at
-
-# a scaler halves its scale after each overflow: from 2^16 this many in a row leave less than 2^-8
-_OVERFLOWS_IN_A_ROW = 24
+from rwkvpeft.training.step_guard import StepFigures, StepGuard
+from rwkvpeft.training.strategies.contract import Sharing
 
 
 @dataclass
@@ -93,6 +92,11 @@ class RunPlan:
         start = within - within % self.accumulate_grad_batches
         return min(self.accumulate_grad_batches, self.epoch_steps - start)
 
+    def ends_group(self, batches: int) -> bool:
+        """Whether the optimizer's step follows the batch after ``batches`` of them."""
+        within = batches % self.epoch_steps
+        return within % self.accumulate_grad_batches + 1 == self.group_size(batches)
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -127,6 +131,8 @@ class RwkvModule(pl.LightningModule):
             for an fp16 step that overflowed.
         progress: where an earlier run stopped; updated in place.
         seed: of dropout. Each batch draws from its own stream, so that nothing about it must be saved.
+        sharing: how several processes share the model and its step.
+        guard: looks at every step.
         graphs: what micro-batches are recorded with, to be replayed; None: they are not.
         report: takes a line when they cannot be replayed after all.
     """
@@ -140,6 +146,8 @@ class RwkvModule(pl.LightningModule):
         optimizer: OptimizerConfig,
         plan: RunPlan,
         progress: RunProgress,
+        sharing: Sharing,
+        guard: StepGuard,
         seed: int,
         train_stage: int = 0,
         decay: Callable[[int], float] | None = None,
@@ -158,17 +166,19 @@ class RwkvModule(pl.LightningModule):
         self.train_stage = train_stage
         self.decay = decay or partial(weight_decay_at, total_steps=plan.total_steps, config=optimizer)
         self.progress = progress
+        self.sharing = sharing
+        self.guard = guard
         self.seed = seed
         self.scaled_gradients = scaled_gradients
         self.rates = rates
         self.after_step = after_step
         self.finished: StepRecord | None = None
-        self._overflows = 0
+        self.sound = True
         self._clock = 0.0
         self._loss = torch.zeros(())
         self._weight = torch.zeros(())
         self._tokens = 0
-        self._figures: list[float] = []
+        self._mean_loss = self._norm = self._step_weight = math.nan
         self._graphed: GraphedStep | None = None
         self._waiting: tuple[tuple[Tensor, ...], int] | None = None
         if graphs is not None:
@@ -184,6 +194,7 @@ class RwkvModule(pl.LightningModule):
         torch.manual_seed(_mix(self.seed, self.progress.batches, self.global_rank))
         self.finished = None
         group = self.plan.group_size(self.progress.batches)
+        self.sharing.step_ends(self.trainer, self.plan.ends_group(self.progress.batches))
         weight = self.trainer.strategy.reduce(batch.step_weight, reduce_op="sum")
         shares = group * self.trainer.world_size
         normaliser = weight.where(weight > 0, 1.0) / shares
@@ -252,44 +263,42 @@ class RwkvModule(pl.LightningModule):
             if group["weight_decay"] > 0 and not group["own_decay"]:
                 group["weight_decay"] = decay
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.after_step is not None and math.isfinite(self._figures[1]):
-            self.after_step(self.progress.step + 1, self.plan.total_steps)
-        self._finish_step(lr, decay)
+        if math.isnan(self._norm):
+            self._norm = self.sharing.norm_of_step(self.trainer)
+        figures = self._figures_of_step()
+        self.guard.look(figures)
+        if self.after_step is not None and figures.is_sound:
+            self.after_step(figures.step, self.plan.total_steps)
+        self._finish_step(figures, lr, decay)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Measure the norm of all gradients together, clip to it, and stop before a broken step is taken.
-
-        Raises: UserError naming the step if loss or gradient is not finite.
-        """
+        """Measure the norm of all gradients together, clip to it, and find out whether the step is ``sound``."""
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val or math.inf)
+        norm = self.sharing.gradient_norm(trained, gradient_clip_val or math.inf)
         # one transfer for all figures of the step: each would make the processor wait for the device
-        loss = self.trainer.strategy.reduce(self._loss, reduce_op="mean")
-        self._figures = torch.stack([loss.float(), norm.float(), self._weight.float()]).tolist()
+        loss = self.trainer.strategy.reduce(self._loss, reduce_op="mean").float()
+        known = loss.new_tensor(math.nan) if norm is None else norm.float()
+        self._mean_loss, self._norm, self._step_weight = torch.stack([loss, known, self._weight.float()]).tolist()
+        self.sound = math.isfinite(self._mean_loss) and (norm is None or math.isfinite(self._norm))
         if self.trainer.world_size > 1:
             # packed rows and batches of similar lengths differ in tokens from device to device
             tokens = torch.tensor(self._tokens, device=self.device)
             self._tokens = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
-        self._check_finite(*self._figures[:2])
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        overflowed = self.scaled_gradients and math.isfinite(loss) and not math.isfinite(norm)
-        self._overflows = self._overflows + 1 if overflowed else 0
-        if overflowed and self._overflows < _OVERFLOWS_IN_A_ROW:
-            return
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(
-                f"training diverged at step {self.progress.step + 1}",
-                found=f"loss {loss:g}, gradient norm {norm:g}",
-                expected="finite numbers",
-                fix="a lower --lr_init, some --warmup_steps, or --precision bf16 or fp32; --resume auto goes on from "
-                "the last saved step",
-            )
+    def _figures_of_step(self) -> StepFigures:
+        batches = self.progress.batches
+        return StepFigures(
+            step=self.progress.step + 1,
+            loss=self._mean_loss,
+            norm=self._norm,
+            batches=range(batches - self.plan.group_size(batches - 1), batches),
+            scaled=self.scaled_gradients,
+        )
 
-    def _finish_step(self, lr: float, weight_decay: float) -> None:
-        loss, norm, weight = self._figures
+    def _finish_step(self, figures: StepFigures, lr: float, weight_decay: float) -> None:
+        loss, norm, weight = figures.loss, figures.norm, self._step_weight
         now = time.perf_counter()
         progress = self.progress
         epoch, last_batch = divmod(progress.batches - 1, self.plan.epoch_steps)
@@ -298,9 +307,10 @@ class RwkvModule(pl.LightningModule):
         progress.step += 1
         progress.tokens += self._tokens
         progress.seconds += now - self._clock
-        progress.loss_sum += loss * weight
-        progress.weight_sum += weight
-        progress.loss = loss
+        if math.isfinite(loss):
+            progress.loss_sum += loss * weight
+            progress.weight_sum += weight
+            progress.loss = loss
         self.finished = StepRecord(
             step=progress.step,
             epoch=self.plan.epoch_begin + epoch,
@@ -333,6 +343,10 @@ class RwkvModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Start the clock of the first step."""
         self._clock = time.perf_counter()
+
+    def validation_step(self, work: Callable[[], Any]) -> Any:
+        """Do ``work`` where the strategy's wrapper around the model expects forward passes, see ``Sharing.run``."""
+        return work()
 
     def on_train_end(self) -> None:
         """Leave the model with the weights that a checkpoint holds."""

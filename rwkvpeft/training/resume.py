@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rwkvpeft.atomic import make_durable, writing
 from rwkvpeft.config.groups import OutputConfig
@@ -163,29 +162,18 @@ def check_essentials(point: ResumePoint, essentials: Mapping[str, Any]) -> None:
 
 
 def capture(
-    model: nn.Module, optimizer: Optimizer, scaler: Mapping[str, Any], constants: Mapping[str, Tensor]
+    model: nn.Module, moments: Mapping[str, Tensor], scaler: Mapping[str, Any], constants: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Copies on the CPU of trained parameters, optimizer state, the gradient scaler's numbers and ``constants``."""
+    """Copies on the CPU of trained parameters, which must be whole, of the optimizer's ``moments`` (see
+    ``Sharing.moments``), the gradient scaler's numbers and ``constants``."""
     tensors = {f"{_CONSTANT}{name}": tensor.detach().cpu() for name, tensor in constants.items()}
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for parameter, name in names.items():
-        tensors[f"param.{name}"] = parameter.detach().cpu()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optim.{name}.{key}"] = value.detach().cpu()
-            else:
-                tensors[f"number.{name}.{key}"] = _exact(value)
-    for index, group in enumerate(optimizer.param_groups):
-        for key in getattr(optimizer, "running_numbers", ()):
-            tensors[f"group.{index}.{key}"] = _exact(group[key])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"param.{name}"] = parameter.detach().cpu()
+    tensors |= moments
     for key, value in scaler.items():
         tensors[f"scaler.{key}"] = torch.tensor(float(value), dtype=torch.float64)
     return tensors
-
-
-def _exact(number: float) -> Tensor:
-    """A number as a tensor whose ``item`` is that number, of the same type."""
-    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
 
 
 def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -200,29 +188,6 @@ def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-
-
-def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizer its saved state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    saved: dict[str, dict[str, Any]] = {}
-    state = optimizer.state_dict()
-    for full_name, tensor in tensors.items():
-        kind, _, rest = full_name.partition(".")
-        name, _, key = rest.rpartition(".")
-        if kind == "group":
-            state["param_groups"][int(name)][key] = tensor.item()
-        elif kind in ("optim", "number"):
-            saved.setdefault(name, {})[key] = tensor.clone() if kind == "optim" else tensor.item()
-    numbered = zip(
-        [number for group in state["param_groups"] for number in group["params"]],
-        [parameter for group in optimizer.param_groups for parameter in group["params"]],
-        strict=True,
-    )
-    for number, parameter in numbered:
-        if names[parameter] in saved:
-            state["state"][number] = saved[names[parameter]]
-    optimizer.load_state_dict(state)
 
 
 def restored_scaler(tensors: Mapping[str, Tensor], current: Mapping[str, Any]) -> dict[str, Any]:

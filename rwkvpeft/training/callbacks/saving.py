@@ -24,7 +24,6 @@ from rwkvpeft.training.resume import (
     ResumePoint,
     capture,
     prune_points,
-    restore_optimizer,
     restored_scaler,
     save_point,
 )
@@ -140,7 +139,7 @@ class Saving(pl.Callback):
                 partial.unlink(missing_ok=True)
         if self._point is not None:
             tensors = self._point.tensors()
-            restore_optimizer(pl_module.model, trainer.optimizers[0], tensors)
+            pl_module.sharing.load_moments(pl_module.model, trainer.optimizers[0], tensors)
             plugin = trainer.precision_plugin
             plugin.load_state_dict(restored_scaler(tensors, plugin.state_dict()))
             self._point = None
@@ -179,13 +178,14 @@ class Saving(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, module: RwkvModule, name: str = "") -> None:
         record = module.finished
-        if record is None or not trainer.is_global_zero:
-            return
-        with averaged(trainer.optimizers[0]):
-            path = self._checkpoints.save(
-                module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(module), name=name
-            )
-        self._report(f"saved {path}")
+        assert record is not None
+        here = trainer.is_global_zero
+        with averaged(trainer.optimizers[0]), module.sharing.whole(module.model, here=here):
+            if here:
+                path = self._checkpoints.save(
+                    module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(module), name=name
+                )
+                self._report(f"saved {path}")
 
     def _checkpoint_is_due(self, trainer: pl.Trainer, module: RwkvModule) -> bool:
         index = module.progress.batches // module.plan.epoch_steps - 1
@@ -194,12 +194,15 @@ class Saving(pl.Callback):
         return last or (self._epoch_save > 0 and index % self._epoch_save == 0)
 
     def _save_point(self, trainer: pl.Trainer, module: RwkvModule) -> None:
-        if trainer.is_global_zero:
-            constants = self._checkpoints.constants(module.model)
-            tensors = capture(module.model, trainer.optimizers[0], trainer.precision_plugin.state_dict(), constants)
-            place = save_point(self._folder, tensors, module.progress, self._essentials)
-            self._written = [path for path in self._written if path != place] + [place]
-            prune_points(self._folder, self._written)
+        here = trainer.is_global_zero
+        moments = module.sharing.moments(module.model, trainer.optimizers[0], here=here)
+        with module.sharing.whole(module.model, here=here):
+            if here:
+                constants = self._checkpoints.constants(module.model)
+                tensors = capture(module.model, moments, trainer.precision_plugin.state_dict(), constants)
+                place = save_point(self._folder, tensors, module.progress, self._essentials)
+                self._written = [path for path in self._written if path != place] + [place]
+                prune_points(self._folder, self._written)
         trainer.strategy.barrier("resume point")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -26,7 +26,7 @@ from rwkvpeft.objectives.evaluation import add_up, mean_of
 from rwkvpeft.training.callbacks.lines import keep_lines, read_records
 from rwkvpeft.training.callbacks.saving import Checkpoints
 from rwkvpeft.training.history import EvaluationRecord, History
-from rwkvpeft.training.module import RwkvModule
+from rwkvpeft.training.module import RwkvModule, StepRecord
 from rwkvpeft.training.optimizers.schedule_free import averaged
 
 VAL_DATA = "val_data.jsonl"
@@ -123,14 +123,22 @@ class Watching(pl.Callback):
         with averaged(trainer.optimizers[0]):
             answers = ends or self._watched.answers_each_time
             found = self._look(trainer, pl_module, step=record.step, epoch=record.epoch, answers=answers)
-            if found is not None and found.best and trainer.is_global_zero:
-                self._checkpoints.save(
-                    pl_module.model, name="best", epoch=record.epoch, step=record.step, loss=record.loss,
-                    val_loss=found.val_loss,
-                )
+            if found is not None and found.best:
+                self._save_best(trainer, pl_module, record, found)
         if self.gives_up and not ends:
             self._report(f"the held-out loss has not fallen in {self.history.without_better} evaluations: the run ends")
             trainer.should_stop = True
+
+    def _save_best(
+        self, trainer: pl.Trainer, module: RwkvModule, record: StepRecord, found: EvaluationRecord
+    ) -> None:
+        here = trainer.is_global_zero
+        with module.sharing.whole(module.model, here=here):
+            if here:
+                self._checkpoints.save(
+                    module.model, name="best", epoch=record.epoch, step=record.step, loss=record.loss,
+                    val_loss=found.val_loss,
+                )
 
     def _is_due(self, step: int, module: RwkvModule) -> bool:
         every = self._config.val_steps
@@ -146,24 +154,30 @@ class Watching(pl.Callback):
         with _at_rest(model, module.seed):
             if self._watched.held_out is not None or self._watched.general is not None:
                 began = time.perf_counter()
-                held_out = self._loss(trainer, model, self._watched.held_out)
-                general = self._loss(trainer, model, self._watched.general)
+                held_out = self._loss(trainer, module, model, self._watched.held_out)
+                general = self._loss(trainer, module, model, self._watched.general)
                 cost = time.perf_counter() - began
                 found = self.history.add(step=step, epoch=epoch, val_loss=held_out, general_loss=general, t_cost=cost)
                 self._tell(found)
-            if answers and trainer.is_global_zero:
-                self._answer(model, step)
+            if answers and (trainer.is_global_zero or module.sharing.splits_weights):
+                module.sharing.run(trainer, lambda: self._answer(model, step))
         return found
 
-    def _loss(self, trainer: pl.Trainer, model: Rwkv, dataset: RowDataset | None) -> float | None:
+    def _loss(
+        self, trainer: pl.Trainer, module: RwkvModule, model: Rwkv, dataset: RowDataset | None
+    ) -> float | None:
         """The mean over all devices, each of which takes every so manieth batch."""
         if dataset is None:
             return None
-        mine = evaluation_batches(dataset, self._watched.micro_bsz, trainer.global_rank, trainer.world_size)
+        mine = evaluation_batches(
+            dataset, self._watched.micro_bsz, trainer.global_rank, trainer.world_size,
+            equally_many=module.sharing.splits_weights,
+        )
         device = model.emb.weight.device
         # some accelerators have no fp64
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = torch.tensor(add_up(model, mine, chunk=self._watched.chunk), dtype=dtype, device=device)
+        found = module.sharing.run(trainer, lambda: add_up(model, mine, chunk=self._watched.chunk))
+        totals = torch.tensor(found, dtype=dtype, device=device)
         loss, tokens = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         return mean_of(loss, tokens).loss
 

@@ -1,15 +1,12 @@
-"""From the machine's settings to Lightning: where the work runs, how devices share it, in which arithmetic."""
+"""Where the work runs, and in which arithmetic."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from pytorch_lightning.plugins.precision import MixedPrecision
-from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from rwkvpeft.config.groups import RuntimeConfig
@@ -25,47 +22,6 @@ COMPUTE_DTYPES = {
     "fp64": torch.float64,
 }
 """Precision: dtype of activations and of frozen weights."""
-
-_WORKING = ("auto", "ddp")
-_DEEPSPEED = (
-    "deepspeed_stage_1",
-    "deepspeed_stage_1_offload",
-    "deepspeed_stage_2",
-    "deepspeed_stage_2_offload",
-    "deepspeed_stage_3",
-    "deepspeed_stage_3_offload",
-)
-
-
-class ScaledGradients(MixedPrecision):
-    """A gradient scaler without autocast: the model itself computes in fp16, from fp32 trained parameters."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__("16-mixed", device_type)
-
-    @contextmanager
-    def forward_context(self) -> Generator[None, None, None]:
-        """Run the forward pass as it is."""
-        yield
-
-
-def trainer_arguments(runtime: RuntimeConfig) -> dict[str, Any]:
-    """The part of ``Trainer``'s arguments that depends on the machine.
-
-    Raises: UserError for devices that are not there, and for strategies that are not built yet.
-    """
-    device_type = find_device(runtime)
-    arguments: dict[str, Any] = {
-        "accelerator": "cpu" if device_type == "cpu" else "gpu",
-        "devices": runtime.devices,
-        "num_nodes": runtime.num_nodes,
-        "strategy": _strategy(runtime),
-    }
-    if runtime.precision == "fp16":
-        arguments["plugins"] = [ScaledGradients(device_type)]
-    else:
-        arguments["precision"] = "32-true"
-    return arguments
 
 
 def find_device(runtime: RuntimeConfig) -> str:
@@ -108,23 +64,6 @@ def local_device(runtime: RuntimeConfig) -> torch.device:
     if device_type != "cuda":
         return torch.device(device_type)
     return torch.device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _strategy(runtime: RuntimeConfig) -> Any:
-    name = runtime.strategy
-    if name not in _WORKING:
-        _refuse(name)
-    alone = runtime.devices * runtime.num_nodes == 1
-    if alone and name == "auto":
-        return "auto"
-    # the buffers are quantised weights, which no step changes
-    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def _refuse(name: str) -> None:
-    if name in _DEEPSPEED or name == "fsdp":
-        raise UserError(f"--strategy {name} is not built yet", expected=_WORKING, fix="--strategy auto")
-    raise UserError("--strategy is unknown", found=name, expected=[*_WORKING, "fsdp", *_DEEPSPEED])
 
 
 def place_model(model: nn.Module, precision: str, device: torch.device | str = "cpu") -> None:

@@ -9,34 +9,12 @@ from rwkvpeft.config.groups import RuntimeConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.quantization.format import build_format
 from rwkvpeft.quantization.linear import QuantizedLinear
-from rwkvpeft.training.strategies import (
-    ScaledGradients,
-    find_device,
-    local_device,
-    matmul_precision,
-    place_model,
-    trainer_arguments,
-)
+from rwkvpeft.training.devices import find_device, local_device, matmul_precision, place_model
+from rwkvpeft.training.precision import ScaledGradients
 
 
 def runtime(**values):
     return RuntimeConfig(**{"accelerator": "cpu", "precision": "fp32", **values})
-
-
-def test_one_device_needs_no_strategy():
-    assert trainer_arguments(runtime())["strategy"] == "auto"
-
-
-def test_several_devices_share_by_ddp():
-    arguments = trainer_arguments(runtime(devices=2))
-    assert type(arguments["strategy"]).__name__ == "DDPStrategy"
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3_offload"])
-def test_what_is_not_built_yet_is_refused_with_what_works(strategy):
-    with pytest.raises(UserError, match=strategy) as caught:
-        trainer_arguments(runtime(strategy=strategy))
-    assert "ddp" in caught.value.expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here")
@@ -47,15 +25,10 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_takes_the_cpu():
 
 
 def test_each_process_of_a_run_on_several_gpus_has_its_own(monkeypatch):
-    monkeypatch.setattr("rwkvpeft.training.strategies.find_device", lambda runtime: "cuda")
+    monkeypatch.setattr("rwkvpeft.training.devices.find_device", lambda runtime: "cuda")
     assert local_device(runtime(accelerator="gpu", devices=2)) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert local_device(runtime(accelerator="gpu", devices=2)) == torch.device("cuda", 1)
-
-
-def test_only_fp16_scales_gradients():
-    assert isinstance(trainer_arguments(runtime(precision="fp16"))["plugins"][0], ScaledGradients)
-    assert "plugins" not in trainer_arguments(runtime(precision="bf16"))
 
 
 def test_the_scaler_leaves_the_forward_pass_alone():
