@@ -7,7 +7,8 @@ checkpointing. What it allocates is counted when it is made and when it is let g
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from rwkvpeft.objectives.base import Objective
 from rwkvpeft.objectives.long_context import LongContext
 from rwkvpeft.ops.opaque import BODIES
 
+Most = Literal["of all", "beside gradients"]
+
 
 class Moment(NamedTuple):
     """Bytes alive beside the weights at one moment, and how many of them were gradients of trained parameters."""
@@ -27,15 +30,23 @@ class Moment(NamedTuple):
     bytes: int
     gradients: int
 
+    @property
+    def beside(self) -> int:
+        """Bytes that are not gradients."""
+        return self.bytes - self.gradients
 
-def run_step(model: Rwkv, objective: Objective, rows: int, tokens: int, *, accumulates: bool) -> dict[str, Moment]:
+
+def run_step(
+    model: Rwkv, objective: Objective, rows: int, tokens: int, *, accumulates: bool
+) -> dict[tuple[str, Most], Moment]:
     """Run one step of an outline; it has gradients afterwards.
 
     Args:
         rows, tokens: of the micro-batch.
         accumulates: whether gradients of earlier micro-batches are there already.
-    Returns: the worst moment of each phase: ``forward`` (with the loss), ``last block`` (until its backward pass is
-        over) and ``backward`` (of all others); of all chunks, if the objective works in chunks.
+    Returns: the worst moments of each phase: ``forward`` (with the loss), ``last block`` (until its backward pass is
+        over) and ``backward`` (of all others); of all chunks, if the objective works in chunks. Of a phase that is
+        where there is most of everything, and where there is most beside the gradients.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tally = Tally([*model.parameters(), *model.buffers()])
@@ -73,7 +84,7 @@ def bytes_kept(model: Rwkv, rows: int, tokens: int) -> int:
 
 
 class Tally(TorchDispatchMode):
-    """Bytes of all storages made while it is active and still alive; ``worst`` of each ``phase``."""
+    """Bytes of all storages made while it is active and still alive; the ``worst`` moments of each ``phase``."""
 
     def __init__(self, at_rest: list[Tensor]) -> None:
         super().__init__()
@@ -81,7 +92,7 @@ class Tally(TorchDispatchMode):
         self.gradients = 0
         self._gathered = 0
         self.phase = "forward"
-        self.worst: dict[str, Moment] = {}
+        self.worst: dict[tuple[str, Most], Moment] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in at_rest}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,8 +116,14 @@ class Tally(TorchDispatchMode):
         self._known.add(key)
         self.alive += storage.nbytes()
         weakref.finalize(storage, self._remove, key, storage.nbytes())
-        if self.phase not in self.worst or self.alive > self.worst[self.phase].bytes:
-            self.worst[self.phase] = Moment(self.alive, self.gradients)
+        now = Moment(self.alive, self.gradients)
+        self._keep(now, "of all", now.bytes, lambda moment: moment.bytes)
+        self._keep(now, "beside gradients", now.beside, lambda moment: moment.beside)
+
+    def _keep(self, now: Moment, most: Most, size: int, size_of: Callable[[Moment], int]) -> None:
+        before = self.worst.get((self.phase, most))
+        if before is None or size > size_of(before):
+            self.worst[self.phase, most] = now
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -1,4 +1,4 @@
-"""The peak to expect of a run on one device, by what takes it.
+"""The peak to expect of a run on each of its devices, by what takes it.
 
 Tensors alone: ``OVERHEAD_BYTES`` come on top, and the allocator's slack, a few percent. Programs that PyTorch cannot
 look into are counted by what they take and give.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.memory.chunks import bytes_of_states
-from rwkvpeft.memory.dry_run import Moment, run_step
+from rwkvpeft.memory.dry_run import Moment, Most, run_step
 from rwkvpeft.memory.outline import (
     FEW,
     PLAIN_PROGRAMS,
@@ -25,6 +25,7 @@ from rwkvpeft.memory.outline import (
     training_outline,
     without_values,
 )
+from rwkvpeft.memory.sharing import STEP, beside, gradients_at, held
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.objectives.build import build_objective
@@ -33,13 +34,17 @@ from rwkvpeft.registry import OPTIMIZERS, find
 _CPU_LOGIT_ROWS = 256
 _CHUNKS_RUN = 3
 
+Moments = dict[tuple[str, Most], Moment]
+
 
 class Expected(NamedTuple):
     """Bytes on one device at the worst moment of a step.
 
     ``frozen``: weights and packed weights that are not trained; ``trained``: trained numbers in fp32; ``optimizer``:
     its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass keeps for the
-    backward pass, logits, dequantised weights and all other temporaries at that moment.
+    backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``: what the strategy
+    adds, its own copy of trained weights, buckets of gradients and weights that are gathered for a moment.
+    ``main_memory`` is not on the device: what each process of an offloading strategy keeps there.
     """
 
     frozen: int
@@ -47,11 +52,13 @@ class Expected(NamedTuple):
     optimizer: int
     gradients: int
     activations: int
+    strategy: int = 0
+    main_memory: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return sum(self)
+        """All that is on the device."""
+        return sum(self) - self.main_memory
 
 
 def expect(
@@ -72,8 +79,9 @@ def expect(
     Raises: UserError if the settings do not suit the sizes; NoOutline.
     """
     counts = counts_of(shape, config, make_adapter, packed)
+    runtime = config.runtime
 
-    def step(layers: int) -> dict[str, Moment]:
+    def step(layers: int) -> Moments:
         part = replace(shape, n_layer=layers)
         return _step(training_outline(part, config, make_adapter(part), packed, programs), config)
 
@@ -81,17 +89,23 @@ def expect(
         moments = step(shape.n_layer)
     else:
         few, more = step(FEW), step(FEW + 1)
-        moments = {phase: Moment(*continued(few[phase], more[phase], shape.n_layer - FEW)) for phase in more}
+        moments = {key: Moment(*continued(few[key], more[key], shape.n_layer - FEW)) for key in more}
     # when the optimizer takes its step, all gradients are there and nothing else
-    moments["step"] = Moment(4 * counts.trained, 4 * counts.trained)
-    worst = max(moments.values())
-    return Expected(
-        frozen=counts.frozen_bytes,
-        trained=4 * counts.trained,
-        optimizer=counts.trained * moment_bytes(config.optimizer.optim),
-        gradients=worst.gradients,
-        activations=worst.bytes - worst.gradients,
-    )
+    moments[STEP, "of all"] = Moment(4 * counts.trained, 4 * counts.trained)
+    resting = held(counts, moment_bytes(config.optimizer.optim), runtime)
+
+    def at(phase: str, moment: Moment) -> Expected:
+        return Expected(
+            frozen=resting.frozen,
+            trained=resting.trained,
+            optimizer=resting.optimizer,
+            gradients=gradients_at(moment, phase, counts, runtime),
+            activations=moment.beside,
+            strategy=resting.copies + beside(phase, counts, runtime),
+            main_memory=resting.main_memory,
+        )
+
+    return max((at(phase, moment) for (phase, _), moment in moments.items()), key=lambda need: need.total)
 
 
 def moment_bytes(optim: str) -> int:
@@ -103,7 +117,7 @@ def moment_bytes(optim: str) -> int:
     return kept
 
 
-def _step(model: Rwkv, config: TrainConfig) -> dict[str, Moment]:
+def _step(model: Rwkv, config: TrainConfig) -> Moments:
     on_cpu = config.runtime.accelerator == "cpu"
     chunk_rows = _CPU_LOGIT_ROWS if on_cpu else None
     objective = build_objective(config, compact=True, rows="auto", chunk_rows=chunk_rows)
@@ -114,4 +128,4 @@ def _step(model: Rwkv, config: TrainConfig) -> dict[str, Moment]:
     with without_values(config):
         moments = run_step(model, objective, schedule.micro_bsz, tokens, accumulates=accumulates)
     more = bytes_of_states(model.shape, config, beyond=_CHUNKS_RUN)
-    return {phase: Moment(moment.bytes + more, moment.gradients) for phase, moment in moments.items()}
+    return {key: Moment(moment.bytes + more, moment.gradients) for key, moment in moments.items()}

@@ -11,10 +11,13 @@ import torch
 
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.splitting_batches import in_smallest_parts
 from rwkvpeft.errors import UserError
 from rwkvpeft.memory.chunks import bytes_of_states
-from rwkvpeft.memory.machine import total_memory
+from rwkvpeft.memory.dry_run import Moment
+from rwkvpeft.memory.machine import memory_of_each
 from rwkvpeft.memory.outline import DTYPES, UNPACKED, MakeAdapter, NoOutline, counts_of
+from rwkvpeft.memory.sharing import STEP, gradients_at, held
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.registry import OPTIMIZERS, find
 
@@ -26,7 +29,7 @@ _SHORT_CHUNK = 256
 
 
 class Least(NamedTuple):
-    """Bytes on one device.
+    """Bytes on each device.
 
     ``weights`` and ``optimizer`` are there throughout. ``gradients`` are complete when the optimizer takes its step;
     ``activations`` (what the forward pass keeps) and ``logits`` are there when the loss is worked out.
@@ -50,7 +53,7 @@ def least_need(
     make_adapter: MakeAdapter,
     packed: Quantisation = UNPACKED,
 ) -> Least:
-    """A lower bound of what a run needs. Rows that may be short count as one token.
+    """A lower bound of what a run needs on each device. Rows that may be short count as one token.
 
     Args:
         packed: how the base's own file stores its large linears.
@@ -58,15 +61,17 @@ def least_need(
     """
     counts = counts_of(shape, config, make_adapter, packed)
     numbers = DTYPES[config.runtime.precision or "fp32"].itemsize
-    trained = counts.trained * max(numbers, 4)
+    moments: int = find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes
+    resting, wide = held(counts, moments, config.runtime), max(numbers, 4) // 4
+    all_gradients = Moment(4 * counts.trained, 4 * counts.trained)
     varies = config.data.rows_vary
     rows = config.schedule.micro_bsz * (1 if varies else config.tokens_at_once)
     states = 0 if varies else bytes_of_states(shape, config, beyond=2)
     kept = counts.layers * _KEPT_PER_BLOCK[config.runtime.grad_cp]
     return Least(
-        weights=counts.frozen_bytes + trained,
-        optimizer=counts.trained * find(OPTIMIZERS, config.optimizer.optim, flag="--optim").moment_bytes,
-        gradients=trained,
+        weights=resting.frozen + wide * resting.trained + resting.copies,
+        optimizer=resting.optimizer,
+        gradients=wide * gradients_at(all_gradients, STEP, counts, config.runtime),
         activations=kept * rows * shape.n_embd * numbers + states,
         logits=min(_LOGIT_ROWS, rows) * shape.vocab_size * numbers,
     )
@@ -80,8 +85,10 @@ def check_memory(
 ) -> None:
     """Compare a run's least need with all the memory its device has. Arguments as ``least_need``.
 
+    Batches that ``--micro_split auto`` may cut count as single rows.
     Raises: UserError if it cannot fit, with up to three ways out, the cheapest first.
     """
+    config = in_smallest_parts(config)
     device_type = "cuda" if config.runtime.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.runtime.accelerator == "gpu" and device_type == "cpu":
         return
@@ -90,7 +97,7 @@ def check_memory(
     except NoOutline:
         # the run itself will show
         return
-    refuse_if_too_large(need, total_memory(device_type), config)
+    refuse_if_too_large(need, memory_of_each(device_type, config.runtime), config)
 
 
 def refuse_if_too_large(need: Least, available: int | None, config: TrainConfig) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from rwkvpeft.config.groups import RuntimeConfig
+
 OVERHEAD_BYTES = {"cuda": 500_000_000, "cpu": 500_000_000}
 """About what is there beside tensors: a CUDA context with its libraries; on a CPU the interpreter with PyTorch and
 Lightning."""
@@ -21,6 +23,18 @@ def total_memory(device_type: str) -> int | None:
     limits = [_meminfo(("MemTotal", "SwapTotal")), _number(Path("/sys/fs/cgroup/memory.max"))]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
+
+
+def memory_of_each(device_type: str, runtime: RuntimeConfig) -> int | None:
+    """Bytes of each of a run's devices here, the same in every process: the smallest GPU's, or a part of main memory;
+    None where they cannot be told."""
+    total = total_memory(device_type)
+    if device_type == "cpu":
+        return None if total is None else total // runtime.devices
+    if device_type != "cuda":
+        return total
+    here = min(runtime.devices, torch.cuda.device_count())
+    return min(int(torch.cuda.get_device_properties(index).total_memory) for index in range(max(here, 1)))
 
 
 def free_memory(device: torch.device) -> int | None:

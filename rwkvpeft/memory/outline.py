@@ -62,12 +62,16 @@ class Counts(NamedTuple):
     """What rests in memory throughout a run, and how deep its backward pass goes.
 
     ``frozen_bytes`` of what is frozen; ``trained``, how many (fp32) numbers are trained; ``layers``, how many blocks
-    have gradients: all from the first that trains something.
+    have gradients: all from the first that trains something. ``packed_bytes``: the part of ``frozen_bytes`` that is in
+    quantised weights; ``gathered_bytes``: parameters of the largest block, or of embedding or head where those are
+    larger.
     """
 
     frozen_bytes: int
     trained: int
     layers: int
+    packed_bytes: int = 0
+    gathered_bytes: int = 0
 
 
 def count_parameters(shape: ModelShape) -> int:
@@ -135,11 +139,19 @@ def count(model: Rwkv) -> Counts:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     layers = [int(found[1]) for name in trained if (found := re.match(r"blocks\.(\d+)\.", name))]
     first = 0 if "emb.weight" in trained else min(layers, default=model.shape.n_layer)
+    packed = sum(buffer.nbytes for buffer in model.buffers())
+    units = [*model.blocks, *(child for child in model.children() if child is not model.blocks)]
     return Counts(
-        frozen_bytes=sum(tensor.nbytes for tensor in [*frozen, *model.buffers()]),
+        frozen_bytes=packed + sum(parameter.nbytes for parameter in frozen),
         trained=sum(parameter.numel() for parameter in trained.values()),
         layers=model.shape.n_layer - first,
+        packed_bytes=packed,
+        gathered_bytes=max(sum(_bytes(parameter) for parameter in unit.parameters()) for unit in units),
     )
+
+
+def _bytes(parameter: Tensor) -> int:
+    return 4 * parameter.numel() if parameter.requires_grad else parameter.nbytes
 
 
 def counts_of(
