@@ -104,7 +104,7 @@ def fit(
         more = "; a larger --early_stop goes on" if watching.gives_up else ""
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
-    data.start_batch = progress.batches
+    data.start_batch = plan.batches_in(progress.rows)
     module = _module(model, adapter, config, plan, progress, sharing, loss_rows, say)
     saving = _saving(config, checkpoints, plan, essentials, point, say)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
@@ -219,6 +219,7 @@ def run_plan(config: TrainConfig, epoch_steps: int, begun: int = 0) -> RunPlan:
         epoch_steps=epoch_steps,
         epoch_count=max(epoch_count, 0),
         accumulate_grad_batches=schedule.accumulate_grad_batches,
+        rows_at_once=_rows_at_once(config),
         epoch_begin=schedule.epoch_begin,
         last_step=last_step,
         begun=begun,
@@ -227,14 +228,17 @@ def run_plan(config: TrainConfig, epoch_steps: int, begun: int = 0) -> RunPlan:
 
 def _first_progress(config: TrainConfig, plan: RunPlan) -> RunProgress:
     """Where a run begins that has not been saved yet."""
-    batches = plan.begun * plan.epoch_steps
-    return RunProgress(step=plan.begun_steps, batches=batches, tokens=batches * _batch_tokens(config))
+    rows = plan.begun * plan.epoch_steps * plan.rows_at_once
+    return RunProgress(step=plan.begun_steps, rows=rows, tokens=rows * (config.data.ctx_len or 1))
 
 
 def _batch_tokens(config: TrainConfig) -> int:
     """Positions of one batch on all devices, as RWKV-LM counts tokens."""
-    rows = config.schedule.micro_bsz * config.runtime.devices * config.runtime.num_nodes
-    return rows * (config.data.ctx_len or 1)
+    return _rows_at_once(config) * (config.data.ctx_len or 1)
+
+
+def _rows_at_once(config: TrainConfig) -> int:
+    return config.schedule.micro_bsz * config.runtime.devices * config.runtime.num_nodes
 
 
 def _decay(config: TrainConfig, plan: RunPlan) -> Callable[[int], float]:
@@ -258,7 +262,7 @@ def _resume(
 
 def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> int:
     epochs = min(plan.epoch_count, config.schedule.my_exit - plan.epoch_begin + 1)
-    return math.ceil((epochs * plan.epoch_steps - progress.batches) / plan.epoch_steps)
+    return math.ceil((epochs * plan.epoch_steps - plan.batches_in(progress.rows)) / plan.epoch_steps)
 
 
 def _checkpoints(config: TrainConfig, adapter: Adapter | None, recipe: Recipe) -> Checkpoints:

@@ -30,15 +30,15 @@ from rwkvpeft.training.strategies.contract import Sharing
 
 @dataclass
 class RunProgress:
-    """How far a run has come. Survives a resume.
+    """How far a run has come. Survives a resume, also one whose rows are split into other batches.
 
-    ``step`` counts optimizer steps, ``batches`` those of one device, ``tokens`` positions read by all devices,
-    ``seconds`` the time spent. ``loss_sum`` and ``weight_sum`` belong to the current mini-epoch: the weighted sum of
-    its tokens' losses and their weight. ``loss`` is that of the last step.
+    ``step`` counts optimizer steps, ``rows`` samples and ``tokens`` positions read by all devices, ``seconds`` the
+    time spent. ``loss_sum`` and ``weight_sum`` belong to the current mini-epoch: the weighted sum of its tokens' losses
+    and their weight. ``loss`` is that of the last step.
     """
 
     step: int = 0
-    batches: int = 0
+    rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
@@ -51,7 +51,8 @@ class RunPlan:
     """The length of a run, counted from its very start.
 
     ``epoch_steps`` batches per device make a mini-epoch, ``epoch_count`` mini-epochs the run,
-    ``accumulate_grad_batches`` batches an optimizer step; ``epoch_begin`` is the number of the first mini-epoch.
+    ``accumulate_grad_batches`` batches an optimizer step; ``rows_at_once`` are the rows of a batch, those of all devices
+    together; ``epoch_begin`` is the number of the first mini-epoch.
     ``last_step`` is the optimizer step that ends the run, if something does before its mini-epochs are over. ``begun``
     mini-epochs have been done by earlier runs, of which this one has the weights alone.
     """
@@ -59,6 +60,7 @@ class RunPlan:
     epoch_steps: int
     epoch_count: int
     accumulate_grad_batches: int
+    rows_at_once: int = 1
     epoch_begin: int = 0
     last_step: int | None = None
     begun: int = 0
@@ -85,6 +87,10 @@ class RunPlan:
     def ends_by_tokens(self) -> bool:
         """Whether ``last_step`` is the run's last."""
         return self.last_step == self.total_steps
+
+    def batches_in(self, rows: int) -> int:
+        """Batches of each device that so many rows of all devices are."""
+        return rows // self.rows_at_once
 
     def group_size(self, batches: int) -> int:
         """Batches of the optimizer step that the batch after ``batches`` of them belongs to."""
@@ -191,16 +197,17 @@ class RwkvModule(pl.LightningModule):
         Lightning divides by ``accumulate_grad_batches`` and the strategy averages over devices; the normaliser takes
         both back, so that every token of the optimizer step counts the same.
         """
-        torch.manual_seed(_mix(self.seed, self.progress.batches, self.global_rank))
+        batches = self.batches
+        torch.manual_seed(_mix(self.seed, batches, self.global_rank))
         self.finished = None
-        group = self.plan.group_size(self.progress.batches)
-        self.sharing.step_ends(self.trainer, self.plan.ends_group(self.progress.batches))
+        group = self.plan.group_size(batches)
+        self.sharing.step_ends(self.trainer, self.plan.ends_group(batches))
         weight = self.trainer.strategy.reduce(batch.step_weight, reduce_op="sum")
         shares = group * self.trainer.world_size
         normaliser = weight.where(weight > 0, 1.0) / shares
         self._weight = weight
         self._tokens += batch.input_ids.numel()
-        self.progress.batches += 1
+        self.progress.rows += self.plan.rows_at_once
         if self._graphed is not None:
             share = torch.full_like(normaliser, 1 / group)
             self._waiting = (batch.input_ids, batch.labels, batch.weights, normaliser, share), group
@@ -288,7 +295,7 @@ class RwkvModule(pl.LightningModule):
             self._tokens = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
 
     def _figures_of_step(self) -> StepFigures:
-        batches = self.progress.batches
+        batches = self.batches
         return StepFigures(
             step=self.progress.step + 1,
             loss=self._mean_loss,
@@ -301,7 +308,7 @@ class RwkvModule(pl.LightningModule):
         loss, norm, weight = figures.loss, figures.norm, self._step_weight
         now = time.perf_counter()
         progress = self.progress
-        epoch, last_batch = divmod(progress.batches - 1, self.plan.epoch_steps)
+        epoch, last_batch = divmod(self.batches - 1, self.plan.epoch_steps)
         if last_batch < self.plan.accumulate_grad_batches:
             progress.loss_sum = progress.weight_sum = 0.0
         progress.step += 1
@@ -326,6 +333,11 @@ class RwkvModule(pl.LightningModule):
         self._tokens = 0
 
     @property
+    def batches(self) -> int:
+        """Batches of this device that are behind the run."""
+        return self.plan.batches_in(self.progress.rows)
+
+    @property
     def mini_epoch_done(self) -> bool:
         """Whether the last batch was its mini-epoch's last, or the run's."""
         return self.mini_epoch_whole or self.run_done
@@ -333,7 +345,7 @@ class RwkvModule(pl.LightningModule):
     @property
     def mini_epoch_whole(self) -> bool:
         """Whether the last batch was its mini-epoch's last."""
-        return self.progress.batches > 0 and self.progress.batches % self.plan.epoch_steps == 0
+        return self.batches > 0 and self.batches % self.plan.epoch_steps == 0
 
     @property
     def run_done(self) -> bool:

@@ -22,7 +22,7 @@ def quiet(line):
 
 
 def test_a_point_comes_back_as_it_was(tmp_path):
-    progress = RunProgress(step=3, batches=12, tokens=99, loss_sum=0.1 + 0.2, loss=1.5)
+    progress = RunProgress(step=3, rows=12, tokens=99, loss_sum=0.1 + 0.2, loss=1.5)
     save_point(tmp_path / "resume", TENSORS, progress, {"seed": 1})
     point = find_point(output(tmp_path), quiet)
     assert point.progress == progress

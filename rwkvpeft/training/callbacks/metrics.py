@@ -66,7 +66,7 @@ class Metrics(pl.Callback):
         with writing(steps):
             self._folder.mkdir(parents=True, exist_ok=True)
             keep_lines(steps, lambda line: json.loads(line)["step"] <= progress.step)
-            first_unfinished = plan.epoch_begin + progress.batches // plan.epoch_steps
+            first_unfinished = plan.epoch_begin + pl_module.batches // plan.epoch_steps
             keep_lines(epochs, lambda line: int(line.split()[0]) < first_unfinished)
             self._steps = steps.open("a", encoding="utf-8")
         if self._wandb_project:

@@ -188,7 +188,7 @@ class Saving(pl.Callback):
                 self._report(f"saved {path}")
 
     def _checkpoint_is_due(self, trainer: pl.Trainer, module: RwkvModule) -> bool:
-        index = module.progress.batches // module.plan.epoch_steps - 1
+        index = module.batches // module.plan.epoch_steps - 1
         assert trainer.max_epochs is not None
         last = trainer.current_epoch == trainer.max_epochs - 1
         return last or (self._epoch_save > 0 and index % self._epoch_save == 0)
