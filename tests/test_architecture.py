@@ -8,7 +8,7 @@ from rwkvpeft.registry import find
 
 PACKAGE = Path(registry.__file__).parent
 FLOORS = [
-    ("config", "registry", "errors", "atomic"),
+    ("config", "registry", "errors", "atomic", "reading"),
     ("ops",),
     ("models", "quantization", "data"),
     ("adapters",),
@@ -18,7 +18,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # the ground floor's own order: a name may import the names before it
-GROUND = ("errors", "registry", "atomic", "config")
+GROUND = ("errors", "registry", "atomic", "reading", "config")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 TABLES = {name: table for name, table in vars(registry).items() if name.isupper() and isinstance(table, dict)}
 

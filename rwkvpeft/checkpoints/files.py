@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import re
-import zipfile
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,8 +11,11 @@ import torch
 from torch import Tensor
 
 from rwkvpeft.atomic import write_whole
+from rwkvpeft.checkpoints.contents import Contents
+from rwkvpeft.checkpoints.pickled import ForeignError, StoredTensor
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import normalise_names
+from rwkvpeft.reading import open_file
 
 # a memory map counts as the process's memory once read; it is opened anew after this much
 _REOPEN_BYTES = 128 << 20
@@ -46,49 +47,49 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Read a ``.pth`` of tensors through a memory map; nothing but tensors is ever unpickled.
+    """Read a ``.pth`` of tensors through a memory map; nothing in it is run, and no number in it is trusted.
 
-    Files of the old, non-zip format are read into memory. A checkpoint that nests its weights under ``state_dict``,
-    ``module`` or ``model`` is unwrapped.
+    Numbers that do not lie on borders of words, as in the old, non-zip format, are read into memory. A checkpoint that
+    nests its weights under ``state_dict``, ``module`` or ``model`` is unwrapped.
     Raises: UserError if the file is missing, broken, or holds anything but tensors by name.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}", expected="a .pth file of tensors", fix="check the path")
+    if not os.path.isfile(path):
+        what = "does not exist" if not os.path.exists(path) else "is no file"
+        raise UserError(f"{path} {'is a folder, not a file' if os.path.isdir(path) else what}",
+                        expected="a .pth file of tensors", fix="check the path")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as reason:
-        # PyTorch's own message advises to open the file all the same
-        thing = re.search(r"GLOBAL ([\w.]+)", str(reason))
+        with open_file(path) as file:
+            contents = Contents(path, file)
+        return contents.map(_named(contents.value, path))
+    except ForeignError as reason:
         raise UserError(
-            f"{path} holds more than tensors and is not opened" if thing else f"{path} is not a file of tensors",
-            found=thing[1] if thing else None,
+            f"{path} holds more than tensors and is not opened",
+            found=reason,
             expected="a file of tensors by name, as torch.save(model.state_dict(), path) writes it",
         ) from reason
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as reason:
+    except (ValueError, RuntimeError, OSError) as reason:
         raise UserError(
             f"{path} cannot be read as a checkpoint",
-            found=_first_line(reason),
+            found=str(reason).partition("\n")[0],
             expected="a complete .pth file",
             fix="download or copy it again and compare its size",
         ) from reason
+
+
+def _named(value: object, path: Path) -> dict[str, StoredTensor]:
+    """The tensors by name that a file's value is, or has under one of the usual names."""
     for key in ("state_dict", "module", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not all(
+        type(name) is str and type(tensor) is StoredTensor for name, tensor in value.items()
     ):
-        raise UserError(f"{path} is not a dict of tensors by name", found=type(loaded).__name__)
-    return loaded
-
-
-def _first_line(reason: BaseException) -> str:
-    text = str(reason).strip()
-    # PyTorch's own message advises to open the file all the same
-    if "weights_only" in text:
-        return "a program or an archive of an old form"
-    return text.splitlines()[0] if text else "a file cut short"
+        raise UserError(f"{path} is not a dict of tensors by name", found=type(value).__name__.strip("_").lower())
+    unreadable = next((name for name in value if not name.isprintable()), None)
+    if unreadable is not None:
+        raise UserError(f"{path} holds a tensor whose name cannot be shown", found=ascii(unreadable[:80]))
+    return value
 
 
 class MappedTensors(Mapping[str, Tensor]):
@@ -145,7 +146,7 @@ def fingerprint(path: Path | str) -> str:
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     last = max(size - _SAMPLE_BYTES, 0)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for offset in sorted({last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)}):
             file.seek(offset)
             digest.update(file.read(_SAMPLE_BYTES))
