@@ -45,6 +45,7 @@ from rwkvpeft.training.resume import (
 )
 from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
 from rwkvpeft.training.step_guard import StepGuard
+from rwkvpeft.training.stopping import StopSignals
 from rwkvpeft.training.strategies.build import build_sharing
 from rwkvpeft.training.strategies.contract import Sharing
 
@@ -106,7 +107,8 @@ def fit(
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
     data.start_batch = plan.batches_in(progress.rows)
     module = _module(model, adapter, config, plan, progress, sharing, loss_rows, say)
-    saving = _saving(config, checkpoints, plan, essentials, point, say)
+    signals = StopSignals(say)
+    saving = _saving(config, checkpoints, plan, essentials, point, say, lambda: signals.asked)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
     callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving]
     if config.evaluation.log_parts:
@@ -122,8 +124,10 @@ def fit(
             callbacks=callbacks,
             default_root_dir=config.output.proj_dir,
         )
+        signals.keep_from(trainer)
         try:
-            trainer.fit(module, datamodule=data)
+            with signals:
+                trainer.fit(module, datamodule=data)
         except SystemExit as reason:
             # how Lightning ends after a KeyboardInterrupt
             raise KeyboardInterrupt from reason
@@ -277,6 +281,7 @@ def _saving(
     essentials: dict[str, Any],
     point: ResumePoint | None,
     report: Callable[[str], None],
+    asked_to_stop: Callable[[], bool],
 ) -> Saving:
     return Saving(
         checkpoints,
@@ -287,6 +292,7 @@ def _saving(
         save_steps=config.output.save_steps,
         point=point,
         report=report,
+        asked_to_stop=asked_to_stop,
     )
 
 
@@ -320,6 +326,8 @@ def _quiet_lightning() -> Generator[None, None, None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
+        # what DeepSpeed still calls
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)

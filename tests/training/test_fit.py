@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 
 import pytest
 import torch
@@ -214,6 +215,7 @@ def test_a_broken_resume_point_is_passed_over(train, tmp_path):
 def test_a_second_interrupt_aborts(train, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGINT)
+        time.sleep(0.3)
         signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)

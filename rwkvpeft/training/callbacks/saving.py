@@ -1,13 +1,10 @@
-"""Checkpoints, resume points, and a clean end on Ctrl-C or SIGTERM."""
+"""Checkpoints, resume points, and the end of the run."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -103,6 +100,7 @@ class Saving(pl.Callback):
         epoch_save: a checkpoint every so many mini-epochs; the last one always; 0 for the last one only.
         save_steps: a resume point also every so many optimizer steps; 0 for each mini-epoch only.
         point: where the run goes on from.
+        asked_to_stop: tells whether somebody wants the run to end after this step.
     """
 
     def __init__(
@@ -116,6 +114,7 @@ class Saving(pl.Callback):
         save_steps: int,
         point: ResumePoint | None,
         report: Callable[[str], None],
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self._checkpoints = checkpoints
@@ -127,12 +126,11 @@ class Saving(pl.Callback):
         self._point = point
         self._report = report
         self._written = [] if point is None else [point.path]
-        self._signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._asked_to_stop = asked_to_stop
         self.stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the optimizer its state of an earlier run, clear up after a crash, and listen for signals."""
+        """Give the optimizer its state of an earlier run, and clear up after a crash."""
         assert isinstance(pl_module, RwkvModule)
         if trainer.is_global_zero:
             for partial in self._folder.parent.glob(".*.partial-*"):
@@ -143,15 +141,6 @@ class Saving(pl.Callback):
             plugin = trainer.precision_plugin
             plugin.load_state_dict(restored_scaler(tensors, plugin.state_dict()))
             self._point = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            raise KeyboardInterrupt
-        self._signal = number
-        self._report("stopping after this step; once more to stop at once, unsaved")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -162,7 +151,7 @@ class Saving(pl.Callback):
         if record is None:
             return
         # all devices stop at the same step, whichever of them got the signal
-        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(self._asked_to_stop(), all=False)
         done = pl_module.mini_epoch_done
         if pl_module.mini_epoch_whole and self._checkpoint_is_due(trainer, pl_module):
             self._save(trainer, pl_module)
@@ -204,19 +193,6 @@ class Saving(pl.Callback):
                 self._written = [path for path in self._written if path != place] + [place]
                 prune_points(self._folder, self._written)
         trainer.strategy.barrier("resume point")
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self._give_signals_back()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_signals_back()
-
-    def _give_signals_back(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
 
 def _epoch_loss(module: RwkvModule) -> float | None:
