@@ -6,8 +6,9 @@ look into are counted by what they take and give.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.config.groups import TrainConfig
@@ -83,7 +84,9 @@ def expect(
 
     def step(layers: int) -> Moments:
         part = replace(shape, n_layer=layers)
-        return _step(training_outline(part, config, make_adapter(part), packed, programs), config)
+        model = training_outline(part, config, make_adapter(part), packed, programs)
+        more = bytes_of_states(part, config, beyond=_CHUNKS_RUN)
+        return {key: Moment(moment.bytes + more, moment.gradients) for key, moment in dry_step(model, config).items()}
 
     if not layers_are_alike(config) or shape.n_layer <= FEW + 1:
         moments = step(shape.n_layer)
@@ -117,15 +120,23 @@ def moment_bytes(optim: str) -> int:
     return kept
 
 
-def _step(model: Rwkv, config: TrainConfig) -> Moments:
+def dry_step(model: Rwkv, config: TrainConfig, watching: AbstractContextManager[Any] | None = None) -> Moments:
+    """The worst moments of a micro-batch of an outline, rows cut to ``tokens_of_step``.
+
+    Args:
+        watching: entered around the step, to see its operators.
+    Raises: NoOutline.
+    """
     on_cpu = config.runtime.accelerator == "cpu"
     chunk_rows = _CPU_LOGIT_ROWS if on_cpu else None
     objective = build_objective(config, compact=True, rows="auto", chunk_rows=chunk_rows)
     schedule = config.schedule
     accumulates = schedule.accumulate_grad_batches > 1
-    # one chunk is like the other: the further ones of a row only add the states before them
-    tokens = min(config.data.ctx_len or 1, _CHUNKS_RUN * config.tokens_at_once)
-    with without_values(config):
-        moments = run_step(model, objective, schedule.micro_bsz, tokens, accumulates=accumulates)
-    more = bytes_of_states(model.shape, config, beyond=_CHUNKS_RUN)
-    return {key: Moment(moment.bytes + more, moment.gradients) for key, moment in moments.items()}
+    with without_values(config), watching or nullcontext():
+        return run_step(model, objective, schedule.micro_bsz, tokens_of_step(config), accumulates=accumulates)
+
+
+def tokens_of_step(config: TrainConfig) -> int:
+    """Tokens of a row that ``dry_step`` runs: one chunk is like the other, and the further ones of a row only add the
+    states before them."""
+    return min(config.data.ctx_len or 1, _CHUNKS_RUN * config.tokens_at_once)

@@ -117,6 +117,8 @@ def beside(phase: str, counts: Counts, runtime: RuntimeConfig) -> int:
     taken = 0
     if shares.buckets:
         bucket = _FP32 * min(runtime.ds_bucket_mb * 10**6, counts.trained)
+        # on a GPU one is filled while another travels
+        bucket *= 2 if runtime.accelerator != "cpu" and not shares.weights else 1
         # the gradients of a step are made flat
         taken += share if phase == STEP and not shares.offload else 0
         taken += bucket if shares.weights or phase not in (STEP, "forward") else 0
