@@ -64,6 +64,7 @@ def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:
 
 def _run(asked: TrainConfig, remarks: list[str]) -> int:
     # the libraries take seconds to import: mistakes found so far have been told without them
+    from rwkvpeft.cli.fit_to_memory import fit_to_memory
     from rwkvpeft.cli.prepare import open_run, prepare
     from rwkvpeft.cli.scratch import find_beginning
     from rwkvpeft.data.preview import preview
@@ -81,7 +82,9 @@ def _run(asked: TrainConfig, remarks: list[str]) -> int:
     if config.data.preview:
         print(preview(opened.rows, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
         return 0
-    _fit(asked, beginning, opened, prepare(config, beginning, opened), remarks)
+    config, opened, more = fit_to_memory(config, beginning.base, opened)
+    beginning = beginning._replace(config=config)
+    _fit(asked, beginning, opened, prepare(config, beginning, opened), [*remarks, *more])
     return 0
 
 

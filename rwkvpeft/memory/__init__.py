@@ -4,7 +4,7 @@ from rwkvpeft.memory.dry_run import bytes_kept
 from rwkvpeft.memory.expected import Expected, expect
 from rwkvpeft.memory.least import Least, check_memory, least_need, refuse_if_too_large, ways_out
 from rwkvpeft.memory.levels import LevelChoice, choose_level, expect_levels, fits, with_level
-from rwkvpeft.memory.machine import OVERHEAD_BYTES, free_memory, total_memory
+from rwkvpeft.memory.machine import OVERHEAD_BYTES, free_memory, memory_of_each, total_memory
 from rwkvpeft.memory.outline import (
     Counts,
     MakeAdapter,
@@ -15,6 +15,9 @@ from rwkvpeft.memory.outline import (
     counts_of,
     training_outline,
 )
+from rwkvpeft.memory.parts import PartsChoice, choose_parts
+from rwkvpeft.memory.sharing import devices_of, shares_of
+from rwkvpeft.memory.work import Speed, Work, measured_speed, work_of_step
 
 __all__ = [
     "OVERHEAD_BYTES",
@@ -24,21 +27,30 @@ __all__ = [
     "LevelChoice",
     "MakeAdapter",
     "NoOutline",
+    "PartsChoice",
     "Programs",
+    "Speed",
+    "Work",
     "bytes_kept",
     "check_memory",
     "choose_level",
+    "choose_parts",
     "count",
     "count_parameters",
     "counts_of",
+    "devices_of",
     "expect",
     "expect_levels",
     "fits",
     "free_memory",
     "least_need",
+    "measured_speed",
+    "memory_of_each",
     "refuse_if_too_large",
+    "shares_of",
     "total_memory",
     "training_outline",
     "ways_out",
     "with_level",
+    "work_of_step",
 ]

@@ -1,0 +1,53 @@
+"""``--micro_bsz auto``: batches in the largest parts that fit, decided before the data's order is laid out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from rwkvpeft.cli.assemble import Base, likely_programs, make_adapter
+from rwkvpeft.cli.prepare import Opened
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.splitting_batches import other_noise, split_batches
+from rwkvpeft.memory import Expected, choose_parts, devices_of, expect, free_memory, memory_of_each
+from rwkvpeft.training.devices import local_device
+
+
+class Fitted(NamedTuple):
+    """The settings a run goes on with, and lines for its report."""
+
+    config: TrainConfig
+    opened: Opened
+    remarks: list[str]
+
+
+def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
+    """Cut the batches as ``--micro_split`` says.
+
+    One process goes by the memory that is free on its device now. Several cannot talk to each other yet: each goes by
+    what all of them see alike, the memory of the smallest device. A run that is taken up again may so be cut otherwise:
+    its steps stay the same.
+    """
+    if config.schedule.micro_split == "1":
+        return Fitted(config, opened, [])
+    device = local_device(config.runtime)
+
+    def need_of(settings: TrainConfig) -> Expected:
+        programs = likely_programs(base.shape, settings, device.type)
+        return expect(base.shape, settings, partial(make_adapter, config.method), base.packed, programs)
+
+    alone = devices_of(config.runtime) == 1
+    free = free_memory(device) if alone else memory_of_each(device.type, config.runtime)
+    choice = choose_parts(opened.longest, need_of, free=free, device_type=device.type)
+    remarks = [choice.report] if choice.report else []
+    noise = other_noise(config)
+    if noise is not None and choice.parts > 1:
+        remarks.append(f"note: the results are not quite those of whole batches: {noise}")
+    rows_at_once = config.schedule.micro_bsz * devices_of(config.runtime)
+    # a pass is as long as in whole batches
+    epoch_steps = -(-opened.rows.pass_rows // rows_at_once)
+    return Fitted(
+        split_batches(config, choice.parts, epoch_steps=epoch_steps),
+        opened._replace(longest=split_batches(opened.longest, choice.parts)),
+        remarks,
+    )
