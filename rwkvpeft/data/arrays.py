@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data.file_array import FileArray, Stamp
 from rwkvpeft.data.jsonl import require_readable
 from rwkvpeft.data.source import Tokens, TokenSource
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT
@@ -25,7 +26,7 @@ _LARGEST_DOCUMENT = np.iinfo(np.int32).max
 
 
 class ArraySource(TokenSource):
-    """Tokens (n_tokens,) end to end, or (rows, tokens); a file is mapped, not read, where its format allows it."""
+    """Tokens (n_tokens,) end to end, or (rows, tokens); a file is read in parts where its format allows it."""
 
     def __init__(self, config: DataConfig, tokens: Tokens, reopen: Callable[[DataConfig], ArraySource]) -> None:
         """Args: ``reopen`` makes the same source of ``config`` again.
@@ -40,20 +41,21 @@ class ArraySource(TokenSource):
                 expected="whole numbers, (tokens,) or (documents, tokens)",
             )
         self.name = name
-        self._again = reopen, (config,)
+        self._again = reopen, config
+        self.stream = _flat(tokens)
         if tokens.ndim == 2:
             rows, length = tokens.shape
             ends = np.arange(1, rows + 1, dtype=np.int64) * length
         else:
-            ends = _ends(tokens)
-        # plain arrays are cheaper to slice than mapped ones, which carry their bookkeeping along
-        self.stream = np.asarray(tokens).reshape(-1)
+            ends = _ends(self.stream)
         self.sizes = np.diff(ends, prepend=0).astype(np.int32)
         self.starts = ends - self.sizes
 
-    def __reduce__(self) -> tuple[Callable[[DataConfig], ArraySource], tuple[DataConfig]]:
-        # a memory map would be pickled as a copy of the file
-        return self._again
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., ArraySource], tuple[Callable[[DataConfig], ArraySource], DataConfig, Stamp | None]]:
+        stamp = self.stream.stamp if isinstance(self.stream, FileArray) else None
+        return _open_again, (*self._again, stamp)
 
 
 def open_numpy(config: DataConfig) -> ArraySource:
@@ -95,7 +97,22 @@ def open_uint16(config: DataConfig) -> ArraySource:
     )
 
 
-def _ends(tokens: Tokens) -> npt.NDArray[np.int64]:
+def _open_again(reopen: Callable[[DataConfig], ArraySource], config: DataConfig, stamp: Stamp | None) -> ArraySource:
+    """The same source in another process."""
+    source = reopen(config)
+    if stamp is not None and isinstance(source.stream, FileArray):
+        source.stream.require(stamp)
+    return source
+
+
+def _flat(tokens: Tokens) -> Tokens | FileArray:
+    """All tokens end to end; of a mapped array what reads them from its file."""
+    if isinstance(tokens, np.memmap) and tokens.flags.c_contiguous and tokens.filename is not None:
+        return FileArray(Path(tokens.filename), tokens.dtype, tokens.size, tokens.offset)
+    return np.asarray(tokens).reshape(-1)
+
+
+def _ends(tokens: Tokens | FileArray) -> npt.NDArray[np.int64]:
     """Where the documents of a stream end: behind each token 0, and where it ends itself."""
     found = [
         np.flatnonzero(tokens[start : start + _SEARCHED_AT_ONCE] == END_OF_DOCUMENT) + start + 1

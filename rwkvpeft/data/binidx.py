@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from rwkvpeft.atomic import make_durable, partial_beside, writing
 from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data.file_array import FileArray, Stamp
 from rwkvpeft.data.mask_file import begin_mask, finish_mask, pair_fingerprint, read_mask
 from rwkvpeft.data.source import TokenSource
 from rwkvpeft.data.voices import Spoken, Voice
@@ -37,24 +38,27 @@ _FIX = "write the pair again with make_data.py"
 
 
 class BinidxSource(TokenSource):
-    """A pair of files, read through memory maps. Workers that are handed one open the files themselves."""
+    """A pair of files, read in parts as they are asked for. Workers that are handed one open the files themselves."""
 
-    def __init__(self, prefix: str | Path, with_mask: bool = False) -> None:
+    def __init__(self, prefix: str | Path, with_mask: bool = False, stamp: Stamp | None = None) -> None:
         """Open and validate the pair. ``prefix`` may also be the path of either file.
 
-        Args: ``with_mask``: who says each token is read from ``PREFIX.mask``, which must be there and belong to it.
-        Raises: UserError for a missing, empty, damaged, truncated or foreign file, or one that holds floats.
+        Args: ``with_mask``: who says each token is read from ``PREFIX.mask``, which must be there and belong to it;
+        ``stamp``: of the ``.bin`` as another process opened it.
+        Raises: UserError for a missing, empty, damaged, truncated or foreign file, or one that holds floats;
+            FileChanged if ``stamp`` is of another file.
         """
         self.prefix = _without_suffix(prefix)
         index_path, tokens_path = _pair(self.prefix)
         self.name = str(tokens_path)
         _require_both(index_path, tokens_path)
         index = _Index(index_path)
-        self.sizes, self.doc_idx = index.sizes, index.doc_idx
+        self.sizes = index.sizes
         index.check_pointers(tokens_path)
         self.starts = index.pointers // index.dtype.itemsize if index.dtype.itemsize > 1 else index.pointers
-        self.stream = _map(tokens_path, index.dtype, tokens_path.stat().st_size // index.dtype.itemsize)
-        self._mask: tuple[npt.NDArray[np.uint8], tuple[Voice, ...]] | None = None
+        count = tokens_path.stat().st_size // index.dtype.itemsize
+        self._tokens = self.stream = FileArray(tokens_path, index.dtype, count, stamp=stamp)
+        self._mask: tuple[FileArray, tuple[Voice, ...]] | None = None
         if with_mask:
             path = mask_path(self.prefix)
             self._mask = read_mask(path, len(self.stream), pair_fingerprint(tokens_path, index_path))
@@ -65,11 +69,11 @@ class BinidxSource(TokenSource):
         if self._mask is None:
             return None
         start = int(self.starts[index])
-        return Spoken(self._mask[0][start : start + int(self.sizes[index])], self._mask[1])
+        return Spoken(self._mask[0].read(start, int(self.sizes[index])), self._mask[1])
 
-    def __reduce__(self) -> tuple[type[BinidxSource], tuple[Path, bool]]:
-        # a memory map would be pickled as a copy of the file
-        return BinidxSource, (self.prefix, self._mask is not None)
+    def __reduce__(self) -> tuple[type[BinidxSource], tuple[Path, bool, Stamp]]:
+        # sizes and starts are read again sooner than they come through a pipe
+        return BinidxSource, (self.prefix, self._mask is not None, self._tokens.stamp)
 
 
 def open_binidx(config: DataConfig) -> BinidxSource:
@@ -91,7 +95,7 @@ def mask_path(prefix: Path) -> Path:
 
 
 class _Index:
-    """The contents of an ``.idx`` file, mapped; every count is compared with the file's size before it is used."""
+    """The contents of an ``.idx`` file; every count is compared with the file's size before it is used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,9 +125,8 @@ class _Index:
             )
         if count == 0:
             raise UserError(f"{path} lists no document", fix=_FIX)
-        self.sizes = _map(path, np.dtype("<i4"), count, _HEADER.size)
-        self.pointers = _map(path, np.dtype("<i8"), count, _HEADER.size + 4 * count)
-        self.doc_idx = _map(path, np.dtype("<i8"), marks, _HEADER.size + 12 * count)
+        self.sizes = FileArray(path, np.dtype("<i4"), count, _HEADER.size)[:]
+        self.pointers = FileArray(path, np.dtype("<i8"), count, _HEADER.size + 4 * count)[:]
 
     def check_pointers(self, tokens_path: Path) -> None:
         """Compare every document's place with the size of the ``.bin``, in parts, so that no copy is made of it all."""
@@ -303,10 +306,3 @@ def _require_both(index_path: Path, tokens_path: Path) -> None:
             expected=f"the pair {tokens_path.name} and {index_path.name}",
             fix="check --data_file (without .bin), or write the pair with make_data.py",
         )
-
-
-def _map(path: Path, dtype: np.dtype, count: int, offset: int = 0) -> np.ndarray:
-    if count == 0:
-        return np.empty(0, dtype=dtype)
-    # asarray: views of a memmap carry its bookkeeping along, plain arrays are cheaper to slice
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))

@@ -204,7 +204,7 @@ def _check_magic_prime(source: TokenSource, prime: int, ctx_len: int) -> None:
 def _nothing_trained(dataset: WindowRows | DocumentRows, config: DataConfig) -> UserError:
     """The error that says why, with the first document shown."""
     source = dataset.source
-    text = load_tokenizer(config.tokenizer).decode(source.read(0)[:_READ_TOKENS].tolist())
+    text = load_tokenizer(config.tokenizer).decode(source.read(0, _READ_TOKENS).tolist())
     why, fix = _cause(dataset, config, text)
     return UserError(
         f"nothing in {source.name} would be trained with --loss_mask {config.loss_mask}: {why}",

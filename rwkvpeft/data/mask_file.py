@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from rwkvpeft.data.file_array import FileArray
 from rwkvpeft.data.voices import Voice
 from rwkvpeft.errors import UserError
 
@@ -58,8 +58,8 @@ def pair_fingerprint(tokens_path: Path, index_path: Path) -> str:
 
 def read_mask(
     path: Path, n_tokens: int, fingerprint: str
-) -> tuple[npt.NDArray[np.uint8], tuple[Voice, ...]]:
-    """The codes, mapped, and the voices they stand for.
+) -> tuple[FileArray, tuple[Voice, ...]]:
+    """The codes and the voices they stand for.
 
     Raises: UserError if the file is damaged, or belongs to a pair with other tokens.
     """
@@ -80,7 +80,7 @@ def read_mask(
             expected=f"one of the {n_tokens} tokens of {path.with_suffix('.bin').name}",
             fix="write it again with make_data.py --mask, or remove it to find answers in the text",
         )
-    codes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size, shape=(count,)))
+    codes = FileArray(path, np.dtype(np.uint8), count, _HEADER.size)
     for start in range(0, count, _AT_ONCE):
         if int(codes[start : start + _AT_ONCE].max()) >= len(voices):
             raise _damaged(path, f"a code above {len(voices) - 1}")

@@ -32,7 +32,7 @@ class RecordSource(TokenSource):
         require_end(tokenizer)
         self.name = name
         stream = _empty_stream(tokenizer)
-        sizes = array("i")
+        sizes, lines = array("i"), array("q")
         codes, table = bytearray(), VoiceTable()
         for record in records:
             try:
@@ -44,14 +44,22 @@ class RecordSource(TokenSource):
                 raise line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace"))) from reason
             stream.extend(array(stream.typecode, tokens))
             sizes.append(len(tokens))
+            lines.append(record.line)
             codes += spoken.tobytes()
-        self._hold(stream, sizes, codes, table)
+        self._hold(stream, sizes, lines, codes, table)
 
-    def _hold(self, stream: array[int], sizes: array[int], codes: bytearray, table: VoiceTable) -> None:
+    def _hold(
+        self, stream: array[int], sizes: array[int], lines: array[int], codes: bytearray, table: VoiceTable
+    ) -> None:
+        self._lines = np.frombuffer(lines, dtype=np.int64)
         self.stream = _read_only(np.frombuffer(stream, dtype=np.uint16 if stream.typecode == "H" else np.int32))
         self.sizes = np.frombuffer(sizes, dtype=np.int32)
         self.starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
         self._codes, self._voices = _read_only(np.frombuffer(codes, dtype=np.uint8)), table.voices
+
+    def label(self, index: int) -> str:
+        """See ``TokenSource``: file and line, or row where a file has no lines."""
+        return f"{self.name}:{self._lines[index]}"
 
     @property
     def voices(self) -> tuple[Voice, ...]:
@@ -78,7 +86,7 @@ class JsonlSource(RecordSource):
         path = Path(path)
         self.name = str(path)
         stream = _empty_stream(tokenizer)
-        sizes = array("i")
+        sizes, places = array("i"), array("q")
         codes, table, lines = bytearray(), VoiceTable(), 0
         total = path.stat().st_size if path.is_file() else 0
         for end, block in tokenised_blocks(path, tokenizer.name, text_key, with_voices=True):
@@ -88,11 +96,12 @@ class JsonlSource(RecordSource):
             stream.frombytes(block.tokens.tobytes())
             sizes.frombytes(block.sizes.tobytes())
             codes += table.translation(block.voices)[block.codes].tobytes()
+            places.frombytes((block.places.astype(np.int64) + lines).tobytes())
             lines += block.lines
             report(Progress("tokenise", end, total, len(stream)))
         if not sizes:
             raise UserError(f"{path} holds no record", found=f"{lines} lines", expected="JSON objects, one a line")
-        self._hold(stream, sizes, codes, table)
+        self._hold(stream, sizes, places, codes, table)
 
 
 def open_jsonl(config: DataConfig) -> JsonlSource:

@@ -152,7 +152,7 @@ class DocumentRows(DocumentDataset):
         """Document number ``index`` of those with something to train."""
         document = int(self._documents[index])
         length = min(int(self.source.sizes[document]), self.ctx_len + 1)
-        tokens = self._continued(document) if self.joining == "equal" else self.source.read(document)[:length]
+        tokens = self._continued(document) if self.joining == "equal" else self.source.read(document, length)
         weights = np.zeros(len(tokens) - 1, dtype=np.float32)
         weights[: length - 1] = self.rule.weights(self.source, document, length)[1:]
         return _row(tokens, weights)
@@ -191,7 +191,7 @@ class DocumentRows(DocumentDataset):
         start, length = int(self.source.starts[document]), self.ctx_len + 1
         if start + length <= self.source.n_tokens:
             return self.source.tokens(start, length)
-        tokens = self.source.read(document)
+        tokens = self.source.read(document, length)
         # a file shorter than a row is repeated
         beginning = self.source.tokens(0, min(length, self.source.n_tokens))
         return np.concatenate([tokens, np.resize(beginning, max(0, length - len(tokens)))])[:length]

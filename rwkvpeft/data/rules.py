@@ -61,7 +61,7 @@ class TextRule(MaskRule):
     def weights(self, source: TokenSource, document: int, length: int) -> Weights:
         """What the voices of the document tell, otherwise its text."""
         known = self._known(source, document)
-        return self.find(source.read(document)[: length + self.lookahead])[:length] if known is None else known[:length]
+        return self.find(source.read(document, length + self.lookahead))[:length] if known is None else known[:length]
 
     def count(self, source: TokenSource, lengths: Sequence[int]) -> list[int]:
         """Counts of many documents at once, which takes a fraction of the time of one by one."""
@@ -87,7 +87,7 @@ class TextRule(MaskRule):
                 continue
             unknown.append(number)
             # an end is added behind each, for a document that is cut has none; a second one changes nothing
-            pieces += [source.read(begin + number)[: length + self.lookahead], end]
+            pieces += [source.read(begin + number, length + self.lookahead), end]
         if unknown:
             before = np.concatenate([[0], np.cumsum(self.find(np.concatenate(pieces)) != 0)])
             starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1:2]

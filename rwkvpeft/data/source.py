@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rwkvpeft.data.file_array import FileArray
 from rwkvpeft.data.voices import Spoken
 from rwkvpeft.errors import ContractError, UserError
 
@@ -20,7 +22,7 @@ class TokenSource:
 
     Attributes:
         name: the file, for messages.
-        stream: (n_tokens,) all tokens end to end, in a small integer type; possibly mapped from a file.
+        stream: (n_tokens,) all tokens end to end, in a small integer type; or what reads them from a file.
         starts: (len,) int64, where in ``stream`` each document begins.
         sizes: (len,) int32, tokens of each document, the final 0 included.
         notes: what people should know about how it is read.
@@ -28,7 +30,7 @@ class TokenSource:
 
     name: str
     notes: tuple[str, ...] = ()
-    stream: Tokens
+    stream: Tokens | FileArray
     starts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int32]
 
@@ -40,10 +42,21 @@ class TokenSource:
         """All tokens, final zeros included."""
         return len(self.stream)
 
-    def read(self, index: int) -> Tokens:
-        """The tokens of document ``index``, its final 0 included; read-only. Raises: IndexError."""
+    def read(self, index: int, most: int = sys.maxsize) -> Tokens:
+        """The first ``most`` tokens of document ``index``, its final 0 included; read-only.
+
+        Raises: IndexError; FileChanged if its file is not what it was.
+        """
         start = int(self.starts[index])
-        return self.stream[start : start + int(self.sizes[index])]
+        return self.stream[start : start + min(int(self.sizes[index]), most)]
+
+    def label(self, index: int) -> str:
+        """What people find document ``index`` by."""
+        return f"{self.name}, document {index}"
+
+    def is_replaced(self) -> bool:
+        """Whether other tokens have the file's name by now, which this source does not read."""
+        return isinstance(self.stream, FileArray) and self.stream.is_replaced
 
     def spoken(self, index: int) -> Spoken | None:
         """Who says each token of document ``index``; None where nothing but its text tells. Raises: IndexError."""
@@ -52,7 +65,7 @@ class TokenSource:
     def tokens(self, start: int, length: int) -> Tokens:
         """``length`` tokens of the stream from ``start``, across documents; read-only.
 
-        Raises: ContractError if the range leaves the stream.
+        Raises: ContractError if the range leaves the stream, FileChanged as ``read``.
         """
         if start < 0 or length < 0 or start + length > self.n_tokens:
             raise ContractError(f"tokens {start} to {start + length} of a stream of {self.n_tokens}")
@@ -78,7 +91,7 @@ class TokenSource:
         raise UserError(
             f"{self.name} holds a token id the model does not have: document {document}, position "
             f"{place - int(self.starts[document])}, counted from 0",
-            found=int(self.stream[place]),
+            found=int(self.stream[place : place + 1][0]),
             expected=f"0 to {vocab_size - 1}",
             fix="prepare the data with the model's tokenizer (--tokenizer)",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,9 +45,17 @@ class DocumentsOf(TokenSource):
         """Tokens of these documents."""
         return int(self.starts[-1] + self.sizes[-1]) if len(self) else 0
 
-    def read(self, index: int) -> Tokens:
+    def read(self, index: int, most: int = sys.maxsize) -> Tokens:
         """See ``TokenSource``; ``index`` counts these documents."""
-        return self.source.read(int(self.documents[index]))
+        return self.source.read(int(self.documents[index]), most)
+
+    def label(self, index: int) -> str:
+        """See ``TokenSource``: as in the whole source."""
+        return self.source.label(int(self.documents[index]))
+
+    def is_replaced(self) -> bool:
+        """See ``TokenSource``."""
+        return self.source.is_replaced()
 
     def spoken(self, index: int) -> Spoken | None:
         """See ``TokenSource``; ``index`` counts these documents."""
