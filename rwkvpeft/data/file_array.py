@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,11 +55,14 @@ class FileArray:
         self._count = count
         self._offset = offset
         self._lock = threading.Lock()
+        # not there on Windows
+        self._read_at: Callable[[int, int, int], bytes] = getattr(os, "pread", self._seek_and_read)
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as reason:
             raise UserError(f"cannot read {path}", found=reason.strerror, fix="check the path") from reason
-        found = self._stamp_now()
+        self._descriptor = self._file.fileno()
+        found = Stamp.of(os.fstat(self._descriptor))
         self.stamp = stamp or found
         self.require(found)
         if offset + count * dtype.itemsize > found.size:
@@ -79,15 +83,15 @@ class FileArray:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` numbers from number ``start`` on, read-only. Raises: FileChanged as ``self[...]``."""
-        wanted = count * self.dtype.itemsize
+        item, stamp = self.dtype.itemsize, self.stamp
         try:
-            content = self._read_bytes(self._offset + start * self.dtype.itemsize, wanted)
+            content = self._read_bytes(self._offset + start * item, count * item)
             # after reading: what was read before a change is not mixed with what was read behind it
-            found = self._stamp_now()
+            found = os.fstat(self._descriptor)
         except OSError as reason:
             raise FileChanged(f"{self.path} can no longer be read", found=reason.strerror, fix=_FIX) from reason
-        if found != self.stamp or len(content) != wanted:
-            raise self._changed(found)
+        if len(content) != count * item or found.st_mtime_ns != stamp.mtime_ns or found.st_size != stamp.size:
+            raise self._changed(Stamp.of(found))
         return np.frombuffer(content, dtype=self.dtype)
 
     def require(self, stamp: Stamp) -> None:
@@ -110,26 +114,20 @@ class FileArray:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def _stamp_now(self) -> Stamp:
-        return Stamp.of(os.fstat(self._file.fileno()))
-
     def _read_bytes(self, position: int, wanted: int) -> bytes:
-        content = self._read_at(position, wanted)
+        content = self._read_at(self._descriptor, wanted, position)
         # the system may give less at once, at most 2 GiB
         while 0 < len(content) < wanted:
-            more = self._read_at(position + len(content), wanted - len(content))
+            more = self._read_at(self._descriptor, wanted - len(content), position + len(content))
             if not more:
                 break
             content += more
         return content
 
-    def _read_at(self, position: int, wanted: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), wanted, position)
-        # Windows
+    def _seek_and_read(self, descriptor: int, wanted: int, position: int) -> bytes:
         with self._lock:
-            self._file.seek(position)
-            return self._file.read(wanted)
+            os.lseek(descriptor, position, os.SEEK_SET)
+            return os.read(descriptor, wanted)
 
     def _changed(self, found: Stamp) -> FileChanged:
         before = self.stamp
