@@ -31,7 +31,48 @@ def test_a_model_that_is_only_sizes_is_planned_for_a_gpu_that_is_not_here(plan):
     assert "base in nf4" in out
     assert "bf16" in out
     assert "it fits" in out
-    assert "unknown until the first step" in out
+    assert "work: " in out
+    assert "speed: unknown, for that device is not here" in out
+
+
+def test_a_user_may_say_how_fast_a_device_is_that_is_not_here(plan):
+    words = [*SIZES, "--micro_bsz", 1, "--epoch_steps", 100, "--epoch_count", 10, "--gpu_memory", 80]
+    _, out, _ = plan(*words, "--tflops", 100)
+    slow = re.search(r"speed: ([\d.]+) s a step or more, .* at 100 TFLOP/s, as --tflops says", out)
+    _, out, _ = plan(*words, "--tflops", 200)
+    fast = re.search(r"speed: ([\d.]+) s a step or more", out)
+    assert float(slow[1]) == pytest.approx(2 * float(fast[1]), rel=0.1)
+
+
+def test_the_time_of_a_step_here_is_estimated_from_what_it_computes(plan, tiny_model):
+    _, out, _ = plan("--load_model", tiny_model, "--micro_bsz", 2, "--ctx_len", 64, "--accelerator", "cpu")
+    assert re.search(r"work: [\d.]+ MFLOP in matrix products and [\d.]+ MB", out)
+    assert re.search(r"speed: .* a step or more, .* timed here just now; waiting for data", out)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"])
+def test_many_devices_on_many_machines_are_planned_for_without_any(plan, strategy):
+    words = ["--devices", 8, "--num_nodes", 2, "--strategy", strategy, "--micro_bsz", 1, "--gpu_memory", 24]
+    code, out, _ = plan(*SIZES, *words, "--grad_cp", 1)
+    assert code == 0
+    assert f"memory on each of 16 devices, --strategy {strategy}, bf16" in out
+    assert ("copies, buckets, gathered" in out) == (strategy != "ddp")
+
+
+def test_an_offloading_strategy_says_what_each_machine_needs(plan):
+    words = ["--devices", 8, "--strategy", "deepspeed_stage_3_offload", "--micro_bsz", 1, "--gpu_memory", 24]
+    _, out, _ = plan(*SIZES, *words)
+    # moments, the copy, gradients and what waits to be copied back: 20 bytes a number, on one machine
+    assert re.search(r"main memory +59.0\d GB on each machine, for its 8 devices", out)
+
+
+def test_rows_are_cut_into_parts_that_fit(plan):
+    words = [*SIZES, "--peft", "lora", "--grad_cp", "1", "--gpu_memory", 10, "--epoch_steps", 10]
+    code, out, _ = plan(*words, "--micro_bsz", "auto:32")
+    assert code == 0
+    assert "10 batches of 32 rows" in out
+    assert re.search(r"rows: 32 a batch, in \d+ parts of \d+, the fewest that fit", out)
+    assert "it fits" in out
 
 
 def test_what_does_not_fit_is_told_with_ways_out(plan):
@@ -72,6 +113,7 @@ def test_the_speed_is_what_an_earlier_run_in_the_folder_was_seen_to_do(plan, tmp
     [
         (["--peft", "lora"], "--my_testing"),
         ([*SIZES, "--gpu_memory", "much"], "--gpu_memory"),
+        ([*SIZES, "--gpu_memory", "24", "--tflops", "0"], "--tflops"),
         ([*SIZES, "--peft", "bat", "--peft_config", '{"r": 63}', "--gpu_memory", "24"], "63"),
         (["--load_model", "nowhere.pth"], "nowhere.pth"),
     ],
