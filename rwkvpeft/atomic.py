@@ -12,6 +12,10 @@ from typing import IO
 from rwkvpeft.errors import UserError
 
 
+class NotWrittenError(UserError):
+    """The operating system refused to write: a full disk, a quota, no permission, a folder that is gone."""
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in place: a crash leaves an older file whole.
 
@@ -19,7 +23,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         path: where the file is to appear; its folder is made if it is missing.
         write: is given the path of the partial file, on the same file system and with the same suffix.
     Raises:
-        UserError: the file cannot be written (permission, full disk). Whatever else ``write`` raises
+        NotWrittenError: the file cannot be written (permission, full disk). Whatever else ``write`` raises
             passes through. In both cases nothing of the partial file stays behind.
     """
     partial = partial_beside(path)
@@ -62,11 +66,21 @@ def _flush(path: Path, flags: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses in this block into a UserError that names ``path``."""
+    """Turn what the operating system refuses in this block into a NotWrittenError that names ``path``."""
     try:
         yield
-    except OSError as reason:
-        raise UserError(f"cannot write {path}", found=reason.strerror or str(reason)) from reason
+    except (OSError, RuntimeError) as reason:
+        refusal = _refusal(reason)
+        if refusal is None:
+            raise
+        raise NotWrittenError(f"cannot write {path}", found=refusal.strerror or str(refusal)) from reason
+
+
+def _refusal(reason: BaseException | None) -> OSError | None:
+    """What the operating system said. PyTorch reports its own dismay at a file cut short, and it second."""
+    while reason is not None and not isinstance(reason, OSError):
+        reason = reason.__cause__ or reason.__context__
+    return reason
 
 
 @contextlib.contextmanager

@@ -16,11 +16,11 @@ from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.training.callbacks.watching import Watched
 from rwkvpeft.training.devices import find_device
-from rwkvpeft.training.essentials import essential_settings
+from rwkvpeft.training.essentials import check_essentials, essential_settings
 from rwkvpeft.training.fit import run_plan
 from rwkvpeft.training.module import RunPlan
 from rwkvpeft.training.optimizers.contract import find_optimizer
-from rwkvpeft.training.resume import check_essentials, find_point
+from rwkvpeft.training.resume import find_point
 from rwkvpeft.training.strategies.build import build_sharing
 
 
@@ -81,7 +81,7 @@ def prepare(config: TrainConfig, beginning: Beginning, opened: Opened) -> Prepar
     # broken points are told where the run goes on
     point = find_point(config.output, lambda line: None)
     if point is not None:
-        check_essentials(point, essential_settings(config, recipe, plan))
+        check_essentials(point, essential_settings(config, recipe, plan), config)
         if adapter is not None:
             adapter.take_constants(point.constants())
     return Prepared(data, watched, recipe, plan)

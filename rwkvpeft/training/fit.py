@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,26 +28,23 @@ from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
-from rwkvpeft.training.callbacks.saving import Checkpoints, Saving
+from rwkvpeft.training.callbacks.saving import Occasions, Saving, mean_loss
 from rwkvpeft.training.callbacks.watching import Watched, Watching
+from rwkvpeft.training.checkpoints import Checkpoints, of_earlier_runs
 from rwkvpeft.training.devices import find_device, matmul_precision, place_model
-from rwkvpeft.training.essentials import essential_settings
+from rwkvpeft.training.essentials import check_essentials, essential_settings, split_of, what_splits_otherwise
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.history import History
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
 from rwkvpeft.training.optimizers.contract import find_optimizer
-from rwkvpeft.training.resume import (
-    ResumePoint,
-    check_essentials,
-    find_point,
-    restore_parameters,
-    resume_folder,
-)
+from rwkvpeft.training.optimizers.schedule_free import averaged
+from rwkvpeft.training.resume import ResumePoint, find_point, restore_parameters, resume_folder, settle
 from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
 from rwkvpeft.training.step_guard import StepGuard
 from rwkvpeft.training.stopping import StopSignals
 from rwkvpeft.training.strategies.build import build_sharing
 from rwkvpeft.training.strategies.contract import Sharing
+from rwkvpeft.training.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def fit(
         watched: what the run is watched by; None for nothing.
         begun: mini-epochs that earlier runs have done, with whose weights this one begins.
     Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
-        training diverges, or a file cannot be written. KeyboardInterrupt after a second Ctrl-C.
+        training diverges, or what the run ends with cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
     say = _quietly_shared(report)
     sharing = build_sharing(config)
@@ -98,10 +95,15 @@ def fit(
     point = _resume(model, config, essentials, say)
     progress = _first_progress(config, plan) if point is None else point.progress
     epochs_left = _epochs_left(config, plan, progress)
-    checkpoints = _checkpoints(config, adapter, recipe)
+    checkpoints = _checkpoints(config, adapter, recipe, say)
+    if point is not None:
+        checkpoints.written = list(point.standing.checkpoints)
     watching = Watching(watched or Watched(), config.evaluation, Path(config.output.proj_dir), progress.step,
                         checkpoints, say)
     if epochs_left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
+        if point is not None and point.standing.owed:
+            module = _module(model, adapter, config, plan, progress, sharing, loss_rows, say)
+            _write_owed(point, module, checkpoints)
         more = "; a larger --early_stop goes on" if watching.gives_up else ""
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
@@ -132,6 +134,7 @@ def fit(
             # how Lightning ends after a KeyboardInterrupt
             raise KeyboardInterrupt from reason
     model.eval()
+    saving.conclude()
     return FitResult(progress.step, _mean_loss(progress), saving.stopped, watching.history, watching.gives_up)
 
 
@@ -257,11 +260,42 @@ def _resume(
 ) -> ResumePoint | None:
     point = find_point(config.output, report)
     if point is None:
+        others = None if config.schedule.train_stage else of_earlier_runs(Path(config.output.proj_dir))
+        if others is not None:
+            report(others)
         return None
-    check_essentials(point, essentials)
+    check_essentials(point, essentials, config)
     restore_parameters(model, point.tensors())
     report(f"going on from {point.path}")
+    remark = what_splits_otherwise(point, config, model)
+    if remark is not None:
+        report(remark)
     return point
+
+
+def _write_owed(point: ResumePoint, module: RwkvModule, checkpoints: Checkpoints) -> None:
+    """Write what a run that is complete could not end with, on the first process.
+
+    Raises: UserError if it cannot be written now either.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        return
+    progress, plan = point.progress, module.plan
+    as_saved: AbstractContextManager[None] = nullcontext()
+    if find_optimizer(module.optimizer_config.optim).keeps_rate:
+        optimizer = module.configure_optimizers()
+        module.sharing.load_moments(module.model, optimizer, point.tensors())
+        as_saved = averaged(optimizer)
+    epoch = plan.epoch_begin + (module.batches - 1) // plan.epoch_steps
+    with as_saved:
+        for name in point.standing.owed:
+            label = name.removeprefix("rwkv-").removesuffix(".pth")
+            checkpoints.save(module.model, epoch=epoch, step=progress.step, loss=mean_loss(progress), name=label,
+                             last=True)
+    checkpoints.writer.wait()
+    for reason in checkpoints.owed.values():
+        raise reason
+    settle(point)
 
 
 def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> int:
@@ -269,9 +303,13 @@ def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> i
     return math.ceil((epochs * plan.epoch_steps - plan.batches_in(progress.rows)) / plan.epoch_steps)
 
 
-def _checkpoints(config: TrainConfig, adapter: Adapter | None, recipe: Recipe) -> Checkpoints:
-    merges = bool(config.method.merge) and adapter is not None
-    return Checkpoints(Path(config.output.proj_dir), recipe, adapter, Path(config.model.load_model) if merges else None)
+def _checkpoints(
+    config: TrainConfig, adapter: Adapter | None, recipe: Recipe, report: Callable[[str], None]
+) -> Checkpoints:
+    output, merges = config.output, bool(config.method.merge) and adapter is not None
+    base = Path(config.model.load_model) if merges else None
+    writer = Writer(background=output.save_async)
+    return Checkpoints(Path(output.proj_dir), recipe, adapter, base, keep=output.keep, writer=writer, report=report)
 
 
 def _saving(
@@ -287,9 +325,13 @@ def _saving(
         checkpoints,
         resume_folder(config.output),
         essentials,
-        final=plan.ends_by_tokens or (config.schedule.train_stage > 0 and plan.last_step is None),
-        epoch_save=config.output.epoch_save,
-        save_steps=config.output.save_steps,
+        Occasions(
+            epoch_save=config.output.epoch_save,
+            save_steps=config.output.save_steps,
+            step_save=config.output.step_save,
+            final=plan.ends_by_tokens or (config.schedule.train_stage > 0 and plan.last_step is None),
+        ),
+        split=split_of(config),
         point=point,
         report=report,
         asked_to_stop=asked_to_stop,
@@ -304,7 +346,8 @@ def _freeze_unread(model: Rwkv) -> None:
 
 
 def _mean_loss(progress: RunProgress) -> float | None:
-    return progress.loss_sum / progress.weight_sum if progress.weight_sum else progress.loss
+    found = mean_loss(progress)
+    return progress.loss if found is None else found
 
 
 def _quietly_shared(report: Callable[[str], None]) -> Callable[[str], None]:

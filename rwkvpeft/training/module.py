@@ -51,7 +51,7 @@ class RunPlan:
     """The length of a run, counted from its very start.
 
     ``epoch_steps`` batches per device make a mini-epoch, ``epoch_count`` mini-epochs the run,
-    ``accumulate_grad_batches`` batches an optimizer step; ``rows_at_once`` are the rows of a batch, those of all devices
+    ``accumulate_grad_batches`` batches an optimizer step; ``rows_at_once`` are the rows of a batch on all devices
     together; ``epoch_begin`` is the number of the first mini-epoch.
     ``last_step`` is the optimizer step that ends the run, if something does before its mini-epochs are over. ``begun``
     mini-epochs have been done by earlier runs, of which this one has the weights alone.

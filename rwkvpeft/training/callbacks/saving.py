@@ -1,104 +1,57 @@
-"""Checkpoints, resume points, and the end of the run."""
+"""When checkpoints and resume points are written, and where a run ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from rwkvpeft.adapters.base import Adapter
-from rwkvpeft.checkpoints.adapter import Recipe, check_finite, save_adapter, save_recipe
-from rwkvpeft.checkpoints.files import save_tensors
-from rwkvpeft.checkpoints.merge import merge_files
-from rwkvpeft.models.names import is_state
-from rwkvpeft.training.module import RwkvModule
+from rwkvpeft.atomic import NotWrittenError
+from rwkvpeft.errors import UserError
+from rwkvpeft.training.checkpoints import Checkpoints
+from rwkvpeft.training.module import RunProgress, RwkvModule
 from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resume import (
     ResumePoint,
+    Standing,
     capture,
-    prune_points,
+    replace_points,
     restored_scaler,
     save_point,
 )
 
 
-class Checkpoints:
-    """Writes ``rwkv-{name}.pth`` with its recipe.
+@dataclass(frozen=True)
+class Occasions:
+    """When something is written.
 
-    Args:
-        adapter: None saves the whole model, in the dtype it computes in.
-        merged_into: the base checkpoint, if the merged model is to be written and the adapter beside it.
+    ``final``: ``rwkv-final.pth`` at the end of the run. ``epoch_save``: a checkpoint every so many mini-epochs, the
+    last one always; 0 for the last one only. ``step_save``: a checkpoint also every so many optimizer steps, and
+    ``save_steps``: a resume point; 0 for none but those of mini-epochs.
     """
 
-    def __init__(
-        self, folder: Path, recipe: Recipe, adapter: Adapter | None, merged_into: Path | None = None
-    ) -> None:
-        self._folder = folder
-        self._recipe = recipe
-        self._adapter = adapter
-        self._merged_into = merged_into
-
-    def constants(self, model: nn.Module) -> dict[str, Tensor]:
-        """What going on needs beside the trained tensors."""
-        return {} if self._adapter is None else self._adapter.constants(model)
-
-    def save(
-        self,
-        model: nn.Module,
-        *,
-        epoch: int,
-        step: int,
-        loss: float | None,
-        name: str = "",
-        val_loss: float | None = None,
-    ) -> Path:
-        """Write the checkpoint of mini-epoch ``epoch``; a crash leaves an older file whole.
-
-        Args:
-            name: in place of the mini-epoch in the file's name.
-            val_loss: of held-out data.
-        Raises: UserError if a tensor is not finite or a file cannot be written.
-        """
-        name = name or str(epoch)
-        recipe = replace(self._recipe, epoch=epoch, step=step, loss=loss, val_loss=val_loss)
-        path = self._folder / f"rwkv-{name}.pth"
-        if self._adapter is None:
-            tensors = whole_model(model)
-            check_finite(tensors, "the training diverged and is not saved")
-            save_recipe(path, recipe)
-            save_tensors(path, tensors)
-        elif self._merged_into is None:
-            save_adapter(path, self._adapter.file_tensors(model), recipe)
-        else:
-            beside = self._folder / f"rwkv-{name}-adapter.pth"
-            save_adapter(beside, self._adapter.file_tensors(model), recipe)
-            # where training quantised: another device's program may round a tie the other way
-            device = next(model.parameters()).device
-            merge_files(self._merged_into, beside, path, recipe=recipe, device=str(device))
-        return path
-
-
-def whole_model(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a fully trained model under its published name, in the dtype the model computes in."""
-    dtype: Any = model.compute_dtype
-    return {
-        name: tensor.detach() if is_state(name) else tensor.detach().to(dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    epoch_save: int
+    save_steps: int = 0
+    step_save: int = 0
+    final: bool = False
 
 
 class Saving(pl.Callback):
     """Decides after each optimizer step what is written, and ends the run where its plan or a signal says so.
 
+    What cannot be written, on a full disk or in a folder that is gone, is reported each time and tried again at the
+    next occasion; only a run that cannot write what it ends with fails (``conclude``).
+
     Args:
+        folder: of the resume points.
         essentials: settings a resumed run must share.
-        final: ``rwkv-final.pth`` is written at the end of the run.
-        epoch_save: a checkpoint every so many mini-epochs; the last one always; 0 for the last one only.
-        save_steps: a resume point also every so many optimizer steps; 0 for each mini-epoch only.
+        split: how rows are dealt out.
         point: where the run goes on from.
         asked_to_stop: tells whether somebody wants the run to end after this step.
     """
@@ -107,34 +60,40 @@ class Saving(pl.Callback):
         self,
         checkpoints: Checkpoints,
         folder: Path,
-        essentials: dict[str, Any],
+        essentials: Mapping[str, Any],
+        occasions: Occasions,
         *,
-        final: bool = False,
-        epoch_save: int,
-        save_steps: int,
+        split: Mapping[str, Any],
         point: ResumePoint | None,
         report: Callable[[str], None],
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self._checkpoints = checkpoints
+        self._writer = checkpoints.writer
         self._folder = folder
         self._essentials = essentials
-        self._final = final
-        self._epoch_save = epoch_save
-        self._save_steps = save_steps
+        self._occasions = occasions
+        self._split = split
         self._point = point
         self._report = report
         self._written = [] if point is None else [point.path]
+        self._lost: NotWrittenError | None = None
         self._asked_to_stop = asked_to_stop
         self.stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the optimizer its state of an earlier run, and clear up after a crash."""
+        """Give the optimizer its state of an earlier run, and clear up after a crash.
+
+        Raises: UserError if the processes do not stand at the same step.
+        """
         assert isinstance(pl_module, RwkvModule)
+        _check_together(trainer, pl_module)
         if trainer.is_global_zero:
             for partial in self._folder.parent.glob(".*.partial-*"):
-                partial.unlink(missing_ok=True)
+                # what cannot be removed is in nobody's way
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
         if self._point is not None:
             tensors = self._point.tensors()
             pl_module.sharing.load_moments(pl_module.model, trainer.optimizers[0], tensors)
@@ -147,54 +106,121 @@ class Saving(pl.Callback):
     ) -> None:
         """Save what is due after the step that has just been finished, if one has."""
         assert isinstance(pl_module, RwkvModule)
+        self._writer.look()
         record = pl_module.finished
         if record is None:
             return
         # all devices stop at the same step, whichever of them got the signal
         stop = trainer.strategy.reduce_boolean_decision(self._asked_to_stop(), all=False)
-        done = pl_module.mini_epoch_done
-        if pl_module.mini_epoch_whole and self._checkpoint_is_due(trainer, pl_module):
-            self._save(trainer, pl_module)
-        if self._final and pl_module.run_done:
-            self._save(trainer, pl_module, name="final")
+        whole, done, occasions = pl_module.mini_epoch_whole, pl_module.run_done, self._occasions
+        if whole and self._checkpoint_is_due(trainer, pl_module):
+            self._save(trainer, pl_module, last=self._is_last(trainer))
+        if _falls_on(occasions.step_save, record.step):
+            self._save(trainer, pl_module, name=f"step-{record.step}")
+        if occasions.final and done:
+            self._save(trainer, pl_module, name="final", last=True)
         # another callback may have ended the run
-        if stop or done or trainer.should_stop or (self._save_steps > 0 and record.step % self._save_steps == 0):
-            self._save_point(trainer, pl_module)
+        ends = stop or trainer.should_stop
+        if whole or done or ends or _falls_on(occasions.save_steps, record.step):
+            self._save_point(trainer, pl_module, last=ends and not done)
         if stop:
             self.stopped = record.step < pl_module.plan.total_steps
-        if stop or pl_module.run_done:
+        if stop or done:
             trainer.should_stop = True
 
-    def _save(self, trainer: pl.Trainer, module: RwkvModule, name: str = "") -> None:
+    def _save(self, trainer: pl.Trainer, module: RwkvModule, name: str = "", *, last: bool = False) -> None:
         record = module.finished
         assert record is not None
         here = trainer.is_global_zero
         with averaged(trainer.optimizers[0]), module.sharing.whole(module.model, here=here):
             if here:
-                path = self._checkpoints.save(
-                    module.model, epoch=record.epoch, step=record.step, loss=_epoch_loss(module), name=name
+                self._checkpoints.save(
+                    module.model, epoch=record.epoch, step=record.step, loss=mean_loss(module.progress), name=name,
+                    last=last,
                 )
-                self._report(f"saved {path}")
 
     def _checkpoint_is_due(self, trainer: pl.Trainer, module: RwkvModule) -> bool:
         index = module.batches // module.plan.epoch_steps - 1
-        assert trainer.max_epochs is not None
-        last = trainer.current_epoch == trainer.max_epochs - 1
-        return last or (self._epoch_save > 0 and index % self._epoch_save == 0)
+        return self._is_last(trainer) or _falls_on(self._occasions.epoch_save, index)
 
-    def _save_point(self, trainer: pl.Trainer, module: RwkvModule) -> None:
+    @staticmethod
+    def _is_last(trainer: pl.Trainer) -> bool:
+        """Whether the mini-epoch is the run's last."""
+        assert trainer.max_epochs is not None
+        return trainer.current_epoch == trainer.max_epochs - 1
+
+    def _save_point(self, trainer: pl.Trainer, module: RwkvModule, *, last: bool) -> None:
         here = trainer.is_global_zero
+        if here:
+            self._writer.begin(module.progress.step)
         moments = module.sharing.moments(module.model, trainer.optimizers[0], here=here)
         with module.sharing.whole(module.model, here=here):
             if here:
                 constants = self._checkpoints.constants(module.model)
-                tensors = capture(module.model, moments, trainer.precision_plugin.state_dict(), constants)
-                place = save_point(self._folder, tensors, module.progress, self._essentials)
-                self._written = [path for path in self._written if path != place] + [place]
-                prune_points(self._folder, self._written)
+                scaler = trainer.precision_plugin.state_dict()
+                apart = self._writer.background
+                tensors = capture(module.model, moments, scaler, constants, apart=apart)
+                progress = replace(module.progress)
+                self._writer.add(lambda: self._write_point(tensors, progress, last))
         trainer.strategy.barrier("resume point")
 
+    def _write_point(self, tensors: dict[str, Tensor], progress: RunProgress, last: bool) -> None:
+        standing = Standing(
+            progress, self._essentials, self._split, tuple(self._checkpoints.written), tuple(self._checkpoints.owed)
+        )
+        try:
+            self._written = replace_points(
+                self._folder, self._written, lambda: save_point(self._folder, tensors, standing)
+            )
+        except NotWrittenError as reason:
+            self._report(f"warning: {reason.what} ({reason.found}); training goes on. {self._newest_point()}")
+            if last:
+                self._lost = reason
 
-def _epoch_loss(module: RwkvModule) -> float | None:
-    progress = module.progress
+    def _newest_point(self) -> str:
+        return f"the newest resume point is {self._written[-1]}" if self._written else "there is no resume point yet"
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait until all is written."""
+        self._writer.wait()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Wait until all is written, unless somebody wants to end at once."""
+        if not isinstance(exception, KeyboardInterrupt):
+            # the first reason counts
+            with contextlib.suppress(Exception):
+                self._writer.wait()
+
+    def conclude(self) -> None:
+        """Raises: UserError if the run could not write what it should have ended with."""
+        lost = [*self._checkpoints.owed.values(), self._lost]
+        reason = next((reason for reason in lost if reason is not None), None)
+        if reason is not None:
+            raise UserError(
+                f"{reason.what}: the run ended without it",
+                found=reason.found,
+                expected=self._newest_point(),
+                fix="make room, or the folder writable, and give the same command again",
+            ) from reason
+
+
+def _falls_on(every: int, number: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _check_together(trainer: pl.Trainer, module: RwkvModule) -> None:
+    """Raises: UserError if the processes do not stand at the same step: each looked for the resume point itself."""
+    steps = module.all_gather(torch.tensor(module.progress.step, device=module.device))
+    assert isinstance(steps, Tensor)
+    found = sorted(set(steps.flatten().tolist()))
+    if len(found) > 1:
+        raise UserError(
+            "the processes of this run found different resume points",
+            found="steps " + ", ".join(str(step) for step in found),
+            expected="one --proj_dir that all machines share",
+        )
+
+
+def mean_loss(progress: RunProgress) -> float | None:
+    """The mean over the mini-epoch so far; None if nothing of it was trained."""
     return progress.loss_sum / progress.weight_sum if progress.weight_sum else None

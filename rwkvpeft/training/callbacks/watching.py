@@ -24,7 +24,7 @@ from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.evaluation import add_up, mean_of
 from rwkvpeft.training.callbacks.lines import keep_lines, read_records
-from rwkvpeft.training.callbacks.saving import Checkpoints
+from rwkvpeft.training.checkpoints import Checkpoints
 from rwkvpeft.training.history import EvaluationRecord, History
 from rwkvpeft.training.module import RwkvModule, StepRecord
 from rwkvpeft.training.optimizers.schedule_free import averaged
