@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
 import pytorch_lightning as pl
 
 from rwkvpeft.config.groups import DataConfig, ScheduleConfig
+from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.data.loader import (
     BatchPlan,
     TrainLoader,
@@ -31,6 +35,8 @@ class TrainingData(pl.LightningDataModule):
         schedule: micro_bsz, accumulate_grad_batches, epoch_steps and epoch_begin are read.
         data: num_workers, persistent_workers and prefetch_factor are read.
         seed: accepted for symmetry with the other parts; the dataset was opened with it.
+    Attributes:
+        waiting: gives a block within which this process waits for data; set it before fitting.
     Raises: UserError for rows of different lengths in one batch, or worker flags without workers.
     """
 
@@ -43,6 +49,7 @@ class TrainingData(pl.LightningDataModule):
         self._start_batch = 0
         self._base_epoch: int | None = None
         self._loader: TrainLoader | None = None
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def world_size(self) -> int:
@@ -81,6 +88,17 @@ class TrainingData(pl.LightningDataModule):
         begin, end = mini_epoch * steps, (mini_epoch + 1) * steps
         return self._select(max(begin, self._start_batch), end)
 
+    def labels(self, batches: range) -> list[str]:
+        """What people find the documents of these batches of the run by, those of all ranks."""
+        return self._any_loader().labels(batches)
+
+    def documents(self, batches: range) -> Iterator[tuple[str, TokenBatch]]:
+        """The documents of these batches, those of all ranks: what people find each by, and a batch of it alone."""
+        return self._any_loader().documents(batches)
+
+    def _any_loader(self) -> TrainLoader:
+        return self._loader or TrainLoader(self.dataset, self._plan(), 0, 0)
+
     def _mini_epoch(self) -> int:
         """The run's mini-epoch, counted from the one that holds ``start_batch``.
 
@@ -97,6 +115,7 @@ class TrainingData(pl.LightningDataModule):
             self._loader = TrainLoader(self.dataset, self._plan(), begin, end, **self._workers)
         else:
             self._loader.select(begin, end)
+        self._loader.waiting = self.waiting
         return self._loader
 
     def _plan(self) -> BatchPlan:

@@ -6,9 +6,9 @@ from any of them.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.data.buckets import Buckets
-from rwkvpeft.data.rows import DocumentDataset, Joining, Row, RowDataset, one_behind_another
+from rwkvpeft.data.rows import DocumentDataset, Joining, Row, RowDataset, apart, one_behind_another
+from rwkvpeft.data.workers import leave_signals, made, worker_died
 from rwkvpeft.errors import ContractError, UserError
 from rwkvpeft.ops.sequences import Sequences
 
@@ -75,23 +76,27 @@ class TrainLoader:
 
     Args:
         workers: arguments of torch's DataLoader: num_workers, persistent_workers, prefetch_factor, and so on.
-    Raises: UserError for rows of different lengths in one batch.
+    Attributes:
+        waiting: gives a block within which this process waits for data.
+    Raises: UserError for rows of different lengths in one batch; in its loop also for data that cannot be read.
     """
 
     def __init__(self, dataset: RowDataset, plan: BatchPlan, begin: int, end: int, **workers: Any) -> None:
         require_equal_lengths(dataset, plan.micro_bsz)
         self.plan = plan
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._order: list[Group] = []
         self.select(begin, end)
         # arrays travel from workers through pipes: no shared memory to run out of, no file handle for each tensor
+        self._steps = _Steps(dataset, plan)
         self._loader = DataLoader(
-            _Steps(dataset, plan),
+            self._steps,
             batch_size=None,
             sampler=self._order,
             collate_fn=_as_it_is,
             # a generator of its own: the global one would differ between a resumed run and one that went through
             generator=torch.Generator(),
-            worker_init_fn=_ignore_interrupts if workers.get("num_workers") else None,
+            worker_init_fn=leave_signals if workers.get("num_workers") else None,
             **workers,
         )
 
@@ -102,13 +107,48 @@ class TrainLoader:
         self._length = end - begin
         self._order[:] = self.plan.groups(begin, end)
 
+    def labels(self, batches: range) -> list[str]:
+        """What people find the documents of these batches by, those of all ranks. Nothing is read."""
+        return [label for position in self._places(batches) for label in self._steps.labels(position)]
+
+    def documents(self, batches: range) -> Iterator[tuple[str, TokenBatch]]:
+        """The documents of these batches, those of all ranks: what people find each by, and a batch of it alone."""
+        for position in self._places(batches):
+            row = self._steps.draw(position)
+            rows = [row] if row.lengths is None else apart(row)
+            for label, alone in zip(self._steps.labels(position), rows, strict=True):
+                yield label, _batch(_join([alone], "alone"), _weight_sum([alone]))
+
+    def _places(self, batches: range) -> Iterator[int]:
+        for batch in batches:
+            for rank in range(self.plan.world_size):
+                yield from replace(self.plan, rank=rank).positions(batch)
+
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        for rows_of_batches, step_weight in self._loader:
-            for rows in rows_of_batches:
-                yield _batch(rows, step_weight)
+        try:
+            for rows_of_batches, step_weight in self._groups():
+                for rows in rows_of_batches:
+                    yield _batch(rows, step_weight)
+        except RuntimeError as reason:
+            death = worker_died(reason)
+            if death is None:
+                raise
+            raise death from reason
+
+    def _groups(self) -> Iterator[tuple[list[Row], float]]:
+        with self.waiting():
+            groups = iter(self._loader)
+        while True:
+            with self.waiting():
+                found = next(groups, None)
+            if found is None:
+                return
+            if isinstance(found, UserError):
+                raise found
+            yield found
 
 
 def worker_arguments(config: DataConfig) -> dict[str, Any]:
@@ -165,7 +205,7 @@ def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:
         )
 
 
-class _Steps(Dataset[tuple[list[Row], float]]):
+class _Steps(Dataset[tuple[list[Row], float] | UserError]):
     """What workers make: the stacked rows of the wanted batches of a group, and the weight of the whole group."""
 
     def __init__(self, dataset: RowDataset, plan: BatchPlan) -> None:
@@ -175,18 +215,29 @@ class _Steps(Dataset[tuple[list[Row], float]]):
         if isinstance(dataset, DocumentDataset) and dataset.joining == "padded":
             self._buckets = Buckets(dataset, plan.micro_bsz * plan.world_size)
 
-    def __getitem__(self, group: Group) -> tuple[list[Row], float]:
+    def __getitem__(self, group: Group) -> tuple[list[Row], float] | UserError:
+        return made(lambda: self._make(group))
+
+    def _make(self, group: Group) -> tuple[list[Row], float]:
         rows = {
-            batch: [self._draw(position) for position in self.plan.positions(batch)]
+            batch: [self.draw(position) for position in self.plan.positions(batch)]
             for batch in range(group.start, group.stop)
         }
         step_weight = sum(_weight_sum(batch) for batch in rows.values())
         return [_join(rows[batch], self.dataset.joining) for batch in range(group.begin, group.end)], step_weight
 
-    def _draw(self, position: int) -> Row:
+    def draw(self, position: int) -> Row:
+        """The row at a position of the run."""
         if self._buckets is not None:
             return self.dataset.row(self._buckets.index(position))
         return self.dataset.sample(position)
+
+    def labels(self, position: int) -> list[str]:
+        """What people find the documents at a position of the run by."""
+        if self._buckets is not None:
+            assert isinstance(self.dataset, DocumentDataset)
+            return [self.dataset.label(self._buckets.index(position))]
+        return self.dataset.labels(position)
 
 
 def _join(rows: list[Row], joining: Joining) -> Row:
@@ -221,8 +272,3 @@ def _batch(rows: Row, step_weight: float) -> TokenBatch:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the training process alone decides how to end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

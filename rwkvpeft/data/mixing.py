@@ -116,6 +116,15 @@ class MixedRows(RowDataset):
         sample = self.parts[part].draw(index)
         return sample._replace(name=f"{sample.name} of {self._names[part]}")
 
+    def labels(self, position: int) -> list[str]:
+        """See ``RowDataset``."""
+        part, index = self._mixture.place(position)
+        return self.parts[part].labels(index)
+
+    def replaced(self) -> list[str]:
+        """See ``RowDataset``."""
+        return [name for part in self.parts for name in part.replaced()]
+
     def report(self) -> DataReport:
         """The sums of the parts' counts, each part seen once, and how often each is seen in a pass."""
         reports = [part.report() for part in self.parts]
@@ -140,6 +149,11 @@ class MixedDocuments(MixedRows, DocumentDataset):
         self.seed = parts[0].seed
         self.shuffle = parts[0].shuffle
         self.lengths = np.concatenate([part.lengths for part in parts])
+
+    def label(self, index: int) -> str:
+        """See ``DocumentDataset``."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._documents[part].label(index - int(self._starts[part]))
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See ``DocumentDataset``."""

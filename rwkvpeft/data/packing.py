@@ -203,13 +203,17 @@ class PackedRows(RowDataset):
 
     def draw(self, position: int) -> Sample:
         """Each pass has its own packing and its own order of rows."""
-        passed, index = self._place(position)
-        packing = self._packing(passed)
-        if self._shuffle:
-            index = permute(index, len(packing), mix(self._seed, passed, 1))
-        documents = packing.row(index)
+        documents = self._drawn(position)
         row = self._join(documents)
         return Sample(row, f"{len(documents)} documents", len(row.input_ids) + len(documents), is_cut=False)
+
+    def labels(self, position: int) -> list[str]:
+        """See ``RowDataset``."""
+        return [self.documents.label(int(document)) for document in self._drawn(position)]
+
+    def replaced(self) -> list[str]:
+        """See ``RowDataset``."""
+        return self.documents.replaced()
 
     def report(self) -> DataReport:
         """That of the documents, and how they fill the rows of the first pass."""
@@ -225,6 +229,14 @@ class PackedRows(RowDataset):
     @cached_property
     def _all(self) -> Packing:
         return pack_tightly(self.documents.lengths, self.ctx_len)
+
+    def _drawn(self, position: int) -> Numbers:
+        """The documents of the row at a position."""
+        passed, index = self._place(position)
+        packing = self._packing(passed)
+        if self._shuffle:
+            index = permute(index, len(packing), mix(self._seed, passed, 1))
+        return packing.row(index)
 
     def _place(self, position: int) -> tuple[int, int]:
         """The pass that a position lies in, and the number of the position there."""

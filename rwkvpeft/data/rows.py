@@ -92,6 +92,14 @@ class RowDataset(ABC):
         return self.draw(position).row
 
     @abstractmethod
+    def labels(self, position: int) -> list[str]:
+        """What people find the documents by that a run draws at a position."""
+
+    @abstractmethod
+    def replaced(self) -> list[str]:
+        """Names of the files in whose place others have been put since they were opened."""
+
+    @abstractmethod
     def report(self) -> DataReport:
         """Counts of the data and of what is trained in one pass."""
 
@@ -119,6 +127,14 @@ class DocumentDataset(RowDataset):
     @abstractmethod
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows that a run draws at these positions: ``row`` of them gives what ``sample`` gives."""
+
+    @abstractmethod
+    def label(self, index: int) -> str:
+        """What people find the document of row ``index`` by."""
+
+    def labels(self, position: int) -> list[str]:
+        """See ``RowDataset``."""
+        return [self.label(int(self.indices(np.array([position], dtype=np.int64))[0]))]
 
 
 class DocumentRows(DocumentDataset):
@@ -160,6 +176,14 @@ class DocumentRows(DocumentDataset):
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See ``DocumentDataset``."""
         return sample_indices(positions, len(self), self.seed, self.shuffle)
+
+    def label(self, index: int) -> str:
+        """See ``DocumentDataset``."""
+        return self.source.label(int(self._documents[index]))
+
+    def replaced(self) -> list[str]:
+        """See ``RowDataset``."""
+        return [self.source.name] if self.source.is_replaced() else []
 
     def draw(self, position: int) -> Sample:
         """Each pass over the documents has its own order."""
@@ -237,6 +261,19 @@ class WindowRows(RowDataset):
         """The window at a position in the order of the class. None is cut: another goes on where it ends."""
         start = self._start(position)
         return Sample(self._at(start), f"window from token {start}", self.ctx_len + 1, is_cut=False)
+
+    def labels(self, position: int) -> list[str]:
+        """See ``RowDataset``: the window, and the documents it touches."""
+        start = self._start(position)
+        end = start + self.ctx_len + 1
+        starts = self.source.starts
+        touched = np.flatnonzero((starts < end) & (starts + self.source.sizes > start))
+        which = f"{touched[0]}" if len(touched) == 1 else f"{touched[0]} to {touched[-1]}"
+        return [f"{self.source.name}, tokens {start} to {end - 1}, document {which}"]
+
+    def replaced(self) -> list[str]:
+        """See ``RowDataset``."""
+        return [self.source.name] if self.source.is_replaced() else []
 
     def report(self) -> DataReport:
         """Counts of the windows that follow each other without a gap."""
