@@ -1,0 +1,134 @@
+"""How the rows of an optimizer step are dealt out decides nothing, also where a run goes on in another way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+from rwkvpeft.errors import UserError
+
+from .conftest import random_checkpoint
+from .split_runs import RUNS, UNEVEN, do_runs, job
+
+STOP = 4
+
+
+def layouts(method):
+    return RUNS[method][0]
+
+
+def is_shared(method, layout):
+    return layouts(method)[layout].get("devices", 1) > 1
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every method undisturbed in each layout, and begun in each and ended in each: ``method/begun/ended``."""
+    folder = tmp_path_factory.mktemp("runs")
+    random_checkpoint(folder / "base.pth", n_layer=2, n_embd=16)
+    every = [(method, layout) for method in RUNS for layout in layouts(method)]
+    ways = [(method, *way) for method in RUNS for way in itertools.product(layouts(method), repeat=2)]
+    for shared in (False, True):
+        some = [(method, layout) for method, layout in every if is_shared(method, layout) == shared]
+        straight = [job(*one, "straight " + " ".join(one)) for one in some]
+        do_runs(folder, straight + [job(*one, "begun " + " ".join(one), stop=STOP) for one in some])
+    for method, begun, ended in ways:
+        shutil.copytree(folder / f"begun {method} {begun}", folder / f"{method} {begun} to {ended}")
+    for shared in (False, True):
+        some = [way for way in ways if is_shared(way[0], way[2]) == shared]
+        do_runs(folder, [job(method, ended, f"{method} {begun} to {ended}") for method, begun, ended in some])
+    return folder
+
+
+def records(folder, name):
+    return [json.loads(line) for line in (folder / name / "loss_data.jsonl").read_text().splitlines()]
+
+
+def rows_of_steps(folder, name):
+    """What each optimizer step was trained on, by all processes together, in no order."""
+    found = {}
+    for path in (folder / name).glob("rows-*.jsonl"):
+        for step, row in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(step, []).append(row)
+    return {step: sorted(rows) for step, rows in found.items()}
+
+
+WAYS = [(method, *way) for method in RUNS for way in itertools.product(layouts(method), repeat=2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "begun", "ended"), WAYS)
+def test_a_run_goes_on_in_any_layout_with_the_same_rows_and_losses(runs, method, begun, ended):
+    name, first = f"{method} {begun} to {ended}", f"straight {method} 1x8"
+    assert rows_of_steps(runs, name) == rows_of_steps(runs, first)
+    pairs = zip(records(runs, name), records(runs, first), strict=True)
+    for left, right in pairs:
+        assert left["loss"] == pytest.approx(right["loss"], rel=2e-5), left["step"]
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=2e-3)
+        assert [left[key] for key in ("step", "epoch", "lr", "weight", "tokens")] == [
+            right[key] for key in ("step", "epoch", "lr", "weight", "tokens")
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "layout"), [(method, layout) for method in RUNS for layout in layouts(method)])
+def test_in_the_same_layout_a_run_goes_on_bit_for_bit(runs, method, layout):
+    straight, resumed = runs / f"straight {method} {layout}", runs / f"{method} {layout} to {layout}"
+    left, right = (torch.load(folder / "rwkv-1.pth", weights_only=True) for folder in (straight, resumed))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RUNS)
+def test_a_run_told_to_end_inside_of_a_step_ends_behind_it(runs, method):
+    for layout in layouts(method):
+        newest = sorted((runs / f"begun {method} {layout}" / "resume").glob("step-*"))[-1]
+        progress = json.loads((newest / "resume.json").read_text())["progress"]
+        assert progress["step"] == STOP
+        assert progress["rows"] == (20 if layouts(method) is UNEVEN else 24) + 8
+
+
+SPLIT = {"epoch_steps": 8, "accumulate_grad_batches": 2, "micro_bsz": 2, "epoch_count": 1, "save_steps": 2}
+DROPOUT = {"peft": "lora", "peft_config": {"r": 2, "lora_dropout": 0.1}}
+
+
+def begin(train, monkeypatch, **values):
+    """Train two of four steps."""
+    from rwkvpeft.training.module import RwkvModule
+
+    finish = RwkvModule._finish_step
+
+    def finish_and_stop(self, *args):
+        finish(self, *args)
+        if self.progress.step == 3:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RwkvModule, "_finish_step", finish_and_stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(**SPLIT, **values)
+
+
+def test_a_split_that_does_not_fit_is_refused_with_the_flags_that_do(train, monkeypatch):
+    begin(train, monkeypatch)
+    with pytest.raises(UserError, match="cannot go on") as caught:
+        train(**{**SPLIT, "micro_bsz": 1})
+    assert caught.value.fix.startswith("--accumulate_grad_batches 4 --epoch_steps 16;")
+    result, _, _ = train(**{**SPLIT, "micro_bsz": 1, "accumulate_grad_batches": 4, "epoch_steps": 16})
+    assert result.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [(DROPOUT, "what dropout draws"), ({"neftune_alpha": 5.0}, "--neftune_alpha draw"), ({}, None)],
+)
+def test_where_noise_is_drawn_for_each_batch_a_run_dealt_out_otherwise_says_so(train, monkeypatch, values, told):
+    begin(train, monkeypatch, **values)
+    _, _, lines = train(**{**SPLIT, "micro_bsz": 4, "accumulate_grad_batches": 1, "epoch_steps": 4}, **values)
+    found = [line for line in lines if line.startswith("rows were dealt out otherwise")]
+    assert [told in line for line in found] == ([True] if told else [])
