@@ -11,17 +11,16 @@ from datetime import datetime
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from rwkvpeft.atomic import write_whole, writing
+from rwkvpeft.atomic import NotWrittenError, write_whole, writing
 from rwkvpeft.config.groups import OutputConfig
 from rwkvpeft.errors import UserError
-from rwkvpeft.training.callbacks.lines import keep_lines, read_records
+from rwkvpeft.training.callbacks.lines import LineFile, keep_lines, read_records
 from rwkvpeft.training.history import EvaluationRecord
 from rwkvpeft.training.module import RunProgress, RwkvModule, StepRecord
 
@@ -32,6 +31,7 @@ class Metrics(pl.Callback):
     """One line per optimizer step, one per mini-epoch, and the curve.
 
     After a resume the files go on where the resume point stood: later lines, written before a crash, are dropped.
+    None of them ends a run when it cannot be written.
 
     Args:
         settings: the run's settings, for Weights & Biases.
@@ -52,9 +52,11 @@ class Metrics(pl.Callback):
         self._wandb_project = output.wandb
         self._settings = settings
         self._report = report
-        self._steps: TextIOWrapper | None = None
+        self._steps: LineFile | None = None
+        self._epochs = LineFile(self._folder / "train_log.txt", report)
         self._wandb: Any = None
         self._draws = True
+        self._told = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the files, cut back to the step the run goes on from."""
@@ -62,13 +64,13 @@ class Metrics(pl.Callback):
         if not trainer.is_global_zero:
             return
         progress, plan = pl_module.progress, pl_module.plan
-        steps, epochs = self._folder / "loss_data.jsonl", self._folder / "train_log.txt"
+        steps = self._folder / "loss_data.jsonl"
         with writing(steps):
             self._folder.mkdir(parents=True, exist_ok=True)
-            keep_lines(steps, lambda line: json.loads(line)["step"] <= progress.step)
-            first_unfinished = plan.epoch_begin + pl_module.batches // plan.epoch_steps
-            keep_lines(epochs, lambda line: int(line.split()[0]) < first_unfinished)
-            self._steps = steps.open("a", encoding="utf-8")
+        keep_lines(steps, lambda line: json.loads(line)["step"] <= progress.step)
+        first_unfinished = plan.epoch_begin + pl_module.batches // plan.epoch_steps
+        keep_lines(self._epochs.path, lambda line: int(line.split()[0]) < first_unfinished)
+        self._steps = LineFile(steps, self._report)
         if self._wandb_project:
             self._wandb = start_wandb(self._wandb_project, self._folder, self._settings, self._report)
             if figures := self._losses(progress.step):
@@ -83,10 +85,7 @@ class Metrics(pl.Callback):
         if record is None or self._steps is None:
             return
         line = {**_step_line(record), "memory": peak_memory(pl_module.device)}
-        with writing(self._folder / "loss_data.jsonl"):
-            self._steps.write(json.dumps(line) + "\n")
-            # a crash must not take lines that a resume point counts on
-            self._steps.flush()
+        self._steps.write(json.dumps(line) + "\n")
         self.send({**line, **self._losses(record.step)}, record.step)
         if pl_module.mini_epoch_done:
             self._finish_epoch(record, pl_module.progress)
@@ -110,9 +109,7 @@ class Metrics(pl.Callback):
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         held_out = "".join(f" {name} {value:.6f}" for name, value in self._losses(record.step).items())
         line = f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {record.epoch}{held_out}\n"
-        path = self._folder / "train_log.txt"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        self._epochs.write(line)
         self._report(f"mini-epoch {record.epoch} done: loss {loss:.4f}, perplexity {perplexity:.2f}")
         self._draw()
 
@@ -123,7 +120,12 @@ class Metrics(pl.Callback):
             self._draws = False
             self._report("loss.png is not drawn: matplotlib is missing (pip install 'rwkvpeft[plot]')")
             return
-        draw_loss(self._folder / "loss_data.jsonl", self._folder / "loss.png", self._folder / "val_data.jsonl")
+        try:
+            draw_loss(self._folder / "loss_data.jsonl", self._folder / "loss.png", self._folder / "val_data.jsonl")
+        except NotWrittenError as reason:
+            if not self._told:
+                self._told = True
+                self._report(f"warning: {reason.what} ({reason.found}); it is tried again after each mini-epoch")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the files."""
@@ -134,6 +136,7 @@ class Metrics(pl.Callback):
         self._close()
 
     def _close(self) -> None:
+        self._epochs.close()
         if self._steps is not None:
             self._steps.close()
             self._steps = None
@@ -153,6 +156,7 @@ def _step_line(record: StepRecord) -> dict[str, Any]:
         "t_cost": line.pop("t_cost"),
         "kt_s": record.tokens / seconds / 1000,
         **line,
+        **({"skipped": True} if record.is_left_out else {}),
     }
 
 
@@ -177,7 +181,7 @@ def draw_loss(data: Path, picture: Path, evaluations: Path | None = None) -> Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps, losses = thinned([(line["step"], line["loss"]) for line in read_records(data)])
+    steps, losses = thinned([(line["step"], line["loss"]) for line in read_records(data) if line["loss"] is not None])
     held_out = read_records(evaluations) if evaluations is not None else []
     points = [(line["step"], line["val_loss"]) for line in held_out if line["val_loss"] is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

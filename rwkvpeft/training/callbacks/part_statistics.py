@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rwkvpeft.atomic import writing
 from rwkvpeft.models.names import part_of
-from rwkvpeft.training.callbacks.lines import keep_lines
+from rwkvpeft.training.callbacks.lines import LineFile, keep_lines
 from rwkvpeft.training.module import RwkvModule
 
 FILE = "parts.jsonl"
@@ -32,11 +31,18 @@ class PartStatistics(pl.Callback):
         folder: where the file goes. After a resume it goes on where the resume point stood.
         every: optimizer steps from line to line.
         log: takes the figures of a step, by name, and its number.
+        report: takes a line of text.
     """
 
-    def __init__(self, folder: Path, every: int, log: Callable[[dict[str, Any], int], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        log: Callable[[dict[str, Any], int], None],
+        report: Callable[[str], None] = lambda text: None,
+    ) -> None:
         super().__init__()
-        self._path = folder / FILE
+        self._file = LineFile(folder / FILE, report)
         self._every = every
         self._log = log
         self._trained: dict[str, nn.Parameter] = {}
@@ -51,8 +57,7 @@ class PartStatistics(pl.Callback):
         named = pl_module.model.named_parameters()
         self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
         step = pl_module.progress.step
-        with writing(self._path):
-            keep_lines(self._path, lambda line: json.loads(line)["step"] <= step)
+        keep_lines(self._file.path, lambda line: json.loads(line)["step"] <= step)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -78,9 +83,16 @@ class PartStatistics(pl.Callback):
         self._before, self._norms = [], []
         parts = _by_part(list(self._trained), *figures)
         step = pl_module.finished.step
-        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "parts": parts}) + "\n")
+        self._file.write(json.dumps({"step": step, "parts": parts}) + "\n")
         self._log({f"{figure}/{part}": value for part, own in parts.items() for figure, value in own.items()}, step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _norms(tensors: Iterable[Tensor | None]) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,18 @@ from torch import nn
 
 from rwkvpeft.atomic import writing
 from rwkvpeft.config.groups import EvaluationConfig
-from rwkvpeft.data.loader import evaluation_batches
+from rwkvpeft.data.datamodule import TrainingData, evaluation_batches
 from rwkvpeft.data.prompts import Prompt
+from rwkvpeft.data.read_watch import waited
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.evaluation import add_up, mean_of
-from rwkvpeft.training.callbacks.lines import keep_lines, read_records
+from rwkvpeft.training.callbacks.lines import LineFile, keep_lines, read_records
 from rwkvpeft.training.checkpoints import Checkpoints
 from rwkvpeft.training.history import EvaluationRecord, History
 from rwkvpeft.training.module import RwkvModule, StepRecord
 from rwkvpeft.training.optimizers.schedule_free import averaged
+from rwkvpeft.training.resting import at_rest
 
 VAL_DATA = "val_data.jsonl"
 SAMPLES = "samples.jsonl"
@@ -86,7 +87,7 @@ class Watching(pl.Callback):
         self._folder = folder
         self._checkpoints = checkpoints
         self._report = report
-        self._files: list[TextIOWrapper] = []
+        self._files: list[LineFile] = []
         records = read_records(folder / VAL_DATA, last_step=step) if step else []
         self.history = History([EvaluationRecord.from_line(line) for line in records])
 
@@ -151,7 +152,7 @@ class Watching(pl.Callback):
         model = module.model
         assert isinstance(model, Rwkv)
         found = None
-        with _at_rest(model, module.seed):
+        with at_rest(model, module.seed):
             if self._watched.held_out is not None or self._watched.general is not None:
                 began = time.perf_counter()
                 held_out = self._loss(trainer, module, model, self._watched.held_out)
@@ -169,10 +170,11 @@ class Watching(pl.Callback):
         """The mean over all devices, each of which takes every so manieth batch."""
         if dataset is None:
             return None
-        mine = evaluation_batches(
+        assert isinstance(trainer.datamodule, TrainingData)
+        mine = waited(evaluation_batches(
             dataset, self._watched.micro_bsz, trainer.global_rank, trainer.world_size,
             equally_many=module.sharing.splits_weights,
-        )
+        ), trainer.datamodule.waiting)
         device = model.emb.weight.device
         # some accelerators have no fp64
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -216,13 +218,11 @@ class Watching(pl.Callback):
                     continue
                 self._folder.mkdir(parents=True, exist_ok=True)
                 keep_lines(path, lambda line: step > 0 and json.loads(line)["step"] <= step)
-                self._files.append(path.open("a", encoding="utf-8"))
+                self._files.append(LineFile(path, self._report))
 
     def _write(self, number: int, line: dict[str, Any]) -> None:
         if self._files:
-            with writing(Path(self._files[number].name)):
-                self._files[number].write(json.dumps(line, ensure_ascii=False) + "\n")
-                self._files[number].flush()
+            self._files[number].write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the files."""
@@ -241,21 +241,6 @@ class Watching(pl.Callback):
 def _is_last(trainer: pl.Trainer, module: RwkvModule) -> bool:
     assert trainer.max_epochs is not None
     return module.run_done or (module.mini_epoch_whole and trainer.current_epoch == trainer.max_epochs - 1)
-
-
-@contextmanager
-def _at_rest(model: nn.Module, seed: int) -> Generator[None, None, None]:
-    """Inside the block the model does not train: nothing drops out, and what is drawn is not taken from the run."""
-    trains = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, trained in trains:
-                module.training = trained
 
 
 def _line(found: EvaluationRecord, history: History) -> str:
