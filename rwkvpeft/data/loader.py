@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.data.buckets import Buckets
+from rwkvpeft.data.read_watch import waited
 from rwkvpeft.data.rows import DocumentDataset, Joining, Row, RowDataset, apart, one_behind_another
 from rwkvpeft.data.workers import leave_signals, made, worker_died
 from rwkvpeft.errors import ContractError, UserError
@@ -141,11 +142,7 @@ class TrainLoader:
     def _groups(self) -> Iterator[tuple[list[Row], float]]:
         with self.waiting():
             groups = iter(self._loader)
-        while True:
-            with self.waiting():
-                found = next(groups, None)
-            if found is None:
-                return
+        for found in waited(groups, self.waiting):
             if isinstance(found, UserError):
                 raise found
             yield found

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
 
 _FIRST_WORD_SECONDS = 30.0
 _LOOKS_A_SECOND = 4
+
+
+def waited(items: Iterator[_Item], waiting: Callable[[], AbstractContextManager[None]]) -> Iterator[_Item]:
+    """The same items, each of which is waited for inside ``waiting``."""
+    while True:
+        with waiting():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 class ReadWatch:

@@ -21,10 +21,14 @@ from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
+from rwkvpeft.data.file_array import FileChanged
+from rwkvpeft.data.read_watch import ReadWatch
+from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
+from rwkvpeft.training.callbacks.data_files import DataFiles
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
@@ -33,6 +37,7 @@ from rwkvpeft.training.callbacks.watching import Watched, Watching
 from rwkvpeft.training.checkpoints import Checkpoints, of_earlier_runs
 from rwkvpeft.training.devices import find_device, matmul_precision, place_model
 from rwkvpeft.training.essentials import check_essentials, essential_settings, split_of, what_splits_otherwise
+from rwkvpeft.training.fault_log import FaultLog
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.history import History
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
@@ -41,9 +46,10 @@ from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resume import ResumePoint, find_point, restore_parameters, resume_folder, settle
 from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
 from rwkvpeft.training.step_guard import StepGuard
-from rwkvpeft.training.stopping import StopSignals
+from rwkvpeft.training.stopping import StopSignals, end_process
 from rwkvpeft.training.strategies.build import build_sharing
 from rwkvpeft.training.strategies.contract import Sharing
+from rwkvpeft.training.suspects import Suspects
 from rwkvpeft.training.writer import Writer
 
 
@@ -98,24 +104,28 @@ def fit(
     checkpoints = _checkpoints(config, adapter, recipe, say)
     if point is not None:
         checkpoints.written = list(point.standing.checkpoints)
+    reads = _read_watch(config, say)
     watching = Watching(watched or Watched(), config.evaluation, Path(config.output.proj_dir), progress.step,
-                        checkpoints, say)
+                        checkpoints, say, reads.waiting)
+    faults = FaultLog(Path(config.output.proj_dir), say, _is_first_process)
+    guard = _guard(model, data, config, progress, sharing, faults)
     if epochs_left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
         if point is not None and point.standing.owed:
-            module = _module(model, adapter, config, plan, progress, sharing, loss_rows, say)
+            module = _module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
             _write_owed(point, module, checkpoints)
         more = "; a larger --early_stop goes on" if watching.gives_up else ""
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
     data.start_batch = plan.batches_in(progress.rows)
-    module = _module(model, adapter, config, plan, progress, sharing, loss_rows, say)
+    module = _module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
+    data.waiting = reads.waiting
     signals = StopSignals(say)
     saving = _saving(config, checkpoints, plan, essentials, point, say, lambda: signals.asked)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
-    callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving]
+    callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving, DataFiles(data.dataset, say)]
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
-        callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send))
+        callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send, say))
     with _quiet_lightning(), matmul_precision(precision):
         trainer = pl.Trainer(
             **sharing.trainer_arguments(),
@@ -127,12 +137,17 @@ def fit(
             default_root_dir=config.output.proj_dir,
         )
         signals.keep_from(trainer)
+        faults.open(progress.step)
         try:
-            with signals:
+            with signals, reads:
                 trainer.fit(module, datamodule=data)
         except SystemExit as reason:
             # how Lightning ends after a KeyboardInterrupt
             raise KeyboardInterrupt from reason
+        except FileChanged as reason:
+            raise UserError(
+                f"step {progress.step + 1}: {reason.what}", found=reason.found, expected=reason.expected, fix=reason.fix
+            ) from reason
     model.eval()
     saving.conclude()
     return FitResult(progress.step, _mean_loss(progress), saving.stopped, watching.history, watching.gives_up)
@@ -158,6 +173,7 @@ def _module(
     plan: RunPlan,
     progress: RunProgress,
     sharing: Sharing,
+    guard: StepGuard,
     loss_rows: RowChoice | RowProgram,
     say: Callable[[str], None],
 ) -> RwkvModule:
@@ -182,7 +198,7 @@ def _module(
         plan=plan,
         progress=progress,
         sharing=sharing,
-        guard=StepGuard(),
+        guard=guard,
         train_stage=config.schedule.train_stage,
         decay=_decay(config, plan),
         seed=config.runtime.random_seed,
@@ -192,6 +208,24 @@ def _module(
         graphs=graphs,
         report=say,
     )
+
+
+def _guard(
+    model: Rwkv, data: TrainingData, config: TrainConfig, progress: RunProgress, sharing: Sharing, faults: FaultLog
+) -> StepGuard:
+    chunk = config.long_context.chunk_ctx if config.long_context.infctx else None
+    suspects = Suspects(model, data, sharing, chunk=chunk, seed=config.runtime.random_seed)
+    return StepGuard(
+        progress, skip=config.faults.skip_broken, spike=config.faults.spike, suspects=suspects, log=faults
+    )
+
+
+def _read_watch(config: TrainConfig, say: Callable[[str], None]) -> ReadWatch:
+    def end(message: str) -> None:
+        fix = "look at the file system, then the same command goes on; --read_timeout, in seconds, waits longer"
+        end_process(UserError(message, fix=fix).render())
+
+    return ReadWatch(config.data.data_file, say, config.faults.read_timeout, end)
 
 
 def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:
@@ -354,11 +388,15 @@ def _quietly_shared(report: Callable[[str], None]) -> Callable[[str], None]:
     """Only the first process speaks, and never into a progress bar."""
 
     def say(text: str) -> None:
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if _is_first_process():
             with tqdm.external_write_mode():
                 report(text)
 
     return say
+
+
+def _is_first_process() -> bool:
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 @contextmanager

@@ -42,6 +42,12 @@ class Rows:
     def sample(self, position):
         return self.rows[position % len(self.rows)]
 
+    def labels(self, position):
+        return [f"row {position % len(self.rows)}"]
+
+    def replaced(self):
+        return []
+
 
 DEFAULTS = {
     "epoch_steps": 4,

@@ -59,7 +59,8 @@ class Progress(pl.Callback):
             self._report(self._line(record, pl_module.plan.total_steps))
 
     def _figures(self, record: StepRecord) -> str:
-        return f"loss {record.loss:.4f}, lr {record.lr:.3g}, {self._tokens_per_second():,.0f} tokens/s"
+        loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
+        return f"loss {loss}, lr {record.lr:.3g}, {self._tokens_per_second():,.0f} tokens/s"
 
     def _line(self, record: StepRecord, total_steps: int) -> str:
         seconds = sum(recent.t_cost for recent in self._recent) / len(self._recent)

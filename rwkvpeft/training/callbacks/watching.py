@@ -17,7 +17,7 @@ from torch import nn
 
 from rwkvpeft.atomic import writing
 from rwkvpeft.config.groups import EvaluationConfig
-from rwkvpeft.data.datamodule import TrainingData, evaluation_batches
+from rwkvpeft.data.datamodule import evaluation_batches
 from rwkvpeft.data.prompts import Prompt
 from rwkvpeft.data.read_watch import waited
 from rwkvpeft.data.rows import RowDataset
@@ -70,6 +70,7 @@ class Watching(pl.Callback):
     Args:
         step: optimizer steps that the run has behind it.
         checkpoints: writes ``rwkv-best.pth``.
+        waiting: gives a block within which the process waits for data.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Watching(pl.Callback):
         step: int,
         checkpoints: Checkpoints,
         report: Callable[[str], None],
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__()
         self._watched = watched
+        self._waiting = waiting
         self._config = config
         self._folder = folder
         self._checkpoints = checkpoints
@@ -170,11 +173,10 @@ class Watching(pl.Callback):
         """The mean over all devices, each of which takes every so manieth batch."""
         if dataset is None:
             return None
-        assert isinstance(trainer.datamodule, TrainingData)
         mine = waited(evaluation_batches(
             dataset, self._watched.micro_bsz, trainer.global_rank, trainer.world_size,
             equally_many=module.sharing.splits_weights,
-        ), trainer.datamodule.waiting)
+        ), self._waiting)
         device = model.emb.weight.device
         # some accelerators have no fp64
         dtype = torch.float32 if device.type == "mps" else torch.float64
