@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,12 +39,16 @@ class Opened(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The rest of what a run needs beside its model."""
+    """The rest of what a run needs beside its model.
+
+    ``identity`` tells its settings, files and resume point from those of another run.
+    """
 
     data: TrainingData
     watched: Watched
     recipe: Recipe
     plan: RunPlan
+    identity: dict[str, Any]
 
 
 def open_run(config: TrainConfig, base: Base) -> Opened:
@@ -80,8 +84,10 @@ def prepare(config: TrainConfig, beginning: Beginning, opened: Opened) -> Prepar
     plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), beginning.begun)
     # broken points are told where the run goes on
     point = find_point(config.output, lambda line: None)
+    essentials = essential_settings(config, recipe, plan)
     if point is not None:
-        check_essentials(point, essential_settings(config, recipe, plan), config)
+        check_essentials(point, essentials, config)
         if adapter is not None:
             adapter.take_constants(point.constants())
-    return Prepared(data, watched, recipe, plan)
+    identity = essentials | {"resume point": None if point is None else point.path.name}
+    return Prepared(data, watched, recipe, plan, identity)

@@ -9,32 +9,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
+from rwkvpeft.cli.together import Alone, find_launch, join_others, leaves_it_to_the_first
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.config.resolve import Machine, resolve
-from rwkvpeft.config.settings_file import read_seed, write_settings
+from rwkvpeft.config.settings_file import write_settings
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 if TYPE_CHECKING:
     from rwkvpeft.cli.prepare import Opened, Prepared
     from rwkvpeft.cli.scratch import Beginning
+    from rwkvpeft.config.launcher import Launch
+    from rwkvpeft.training.peers import Peers
 
 _NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the training command. Returns the exit code: 0, 2 after a user's mistake, 130 after a second Ctrl-C."""
+    """Run the training command. Returns the exit code: 0, 2 after a user's mistake, 130 after a second Ctrl-C.
+
+    A process that ends because another one of the run has died ends with 75, from wherever it is.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _train(words), debug="--debug" in words)
 
 
 def _train(argv: list[str]) -> int:
     given = parse_train(argv, _method_settings)
+    return guarded(lambda: _train_together(given, argv), debug=bool(given.get("debug")))
+
+
+def _train_together(given: dict[str, Any], argv: list[str]) -> int:
+    launch, told = find_launch(given)
+    if leaves_it_to_the_first(launch, given):
+        return 0
     if given.get("check"):
         return _check_data(given)
-    config, remarks = resolve(given, _machine(given), earlier_seed=_earlier_seed(given), files_too=True)
-    return guarded(lambda: _run_within_memory(config, remarks), debug=config.runtime.debug)
+    with join_others(launch, given) as peers:
+        # mistakes that all processes would find are told once
+        peers.wait()
+        config, remarks = resolve(given, _machine(given), earlier_seed=_earlier_seed(given, launch), files_too=True)
+        return _run_within_memory(peers, peers.follow(config), [*told, *remarks], argv)
 
 
 def _check_data(given: dict[str, Any]) -> int:
@@ -53,16 +69,16 @@ def _check_data(given: dict[str, Any]) -> int:
     return 0 if found.is_fine else 2
 
 
-def _run_within_memory(config: TrainConfig, remarks: list[str]) -> int:
+def _run_within_memory(peers: Peers | Alone, config: TrainConfig, remarks: list[str], argv: list[str]) -> int:
     try:
-        return _run(config, remarks)
+        return _run(peers, config, remarks, argv)
     except (RuntimeError, MemoryError) as reason:
         if not isinstance(reason, MemoryError) and not any(words in str(reason).lower() for words in _NO_MEMORY):
             raise
         raise _out_of_memory(config, reason) from reason
 
 
-def _run(asked: TrainConfig, remarks: list[str]) -> int:
+def _run(peers: Peers | Alone, asked: TrainConfig, remarks: list[str], argv: list[str]) -> int:
     # the libraries take seconds to import: mistakes found so far have been told without them
     from rwkvpeft.cli.fit_to_memory import fit_to_memory
     from rwkvpeft.cli.prepare import open_run, prepare
@@ -84,12 +100,20 @@ def _run(asked: TrainConfig, remarks: list[str]) -> int:
         return 0
     config, opened, more = fit_to_memory(config, beginning.base, opened)
     beginning = beginning._replace(config=config)
-    _fit(asked, beginning, opened, prepare(config, beginning, opened), [*remarks, *more])
+    prepared = prepare(config, beginning, opened)
+    peers.agree(prepared.identity)
+    _fit(peers, asked, beginning, opened, prepared, [*remarks, *more], argv)
     return 0
 
 
 def _fit(
-    asked: TrainConfig, beginning: Beginning, opened: Opened, prepared: Prepared, remarks: list[str]
+    peers: Peers | Alone,
+    asked: TrainConfig,
+    beginning: Beginning,
+    opened: Opened,
+    prepared: Prepared,
+    remarks: list[str],
+    argv: list[str],
 ) -> None:
     """Build the model, train it, and report. ``asked`` is written down: what it comes to, the next run finds again."""
     from rwkvpeft.cli import assemble, report
@@ -99,13 +123,14 @@ def _fit(
     from rwkvpeft.training.fit import fit
 
     config, base, origin, new, begun = beginning
-    data, watched, recipe, plan = prepared
+    data, watched, recipe, plan, _ = prepared
     adapter = opened.adapter
     # on a GPU this compiles and measures: after everything that may be refused at once
     chosen, more = assemble.choose_programs(base.shape, config)
     if new is not None:
         base = new.write(config, _say)
         recipe = assemble.make_recipe(base, config, adapter)
+    peers.ready(argv)
     recompute = assemble.choose_recompute(base, opened.longest, chosen)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, opened.start)
     lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin, watched=watched)
@@ -116,7 +141,7 @@ def _fit(
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
-                 loss_rows=chosen.rows.program, watched=watched, begun=begun)
+                 loss_rows=chosen.rows.program, watched=watched, begun=begun, also=peers.callbacks())
     ending = report.end_lines(config, base, result)
     if config.evaluation.report and _is_first_process():
         ending.append(f"report    {write_report(config, result, beginning=lines, ending=ending)}")
@@ -143,15 +168,14 @@ def _machine(given: dict[str, Any]) -> Machine:
     return find_machine(accelerator)
 
 
-def _earlier_seed(given: dict[str, Any]) -> int | None:
+def _earlier_seed(given: dict[str, Any], launch: Launch) -> int | None:
     """The seed of the run that ``--resume`` takes up, so that its order of samples goes on.
 
-    For a process started by the first one it is the seed that one has written down.
+    -1 for a process that takes the first one's.
     """
-    early = build_groups({name: given[name] for name in ("proj_dir", "resume", "devices") if name in given})
-    output = early.output
-    if early.runtime.devices > 1 and not _is_first_process():
-        return read_seed(Path(output.proj_dir) / "config.yaml")
+    if not launch.leads:
+        return -1
+    output = build_groups({name: given[name] for name in ("proj_dir", "resume") if name in given}).output
     if output.resume == "none":
         return None
     folder = Path(output.proj_dir) / "resume" if output.resume == "auto" else Path(output.resume)

@@ -35,6 +35,7 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     "optimizer": {"weight_decay": 0, "grad_clip": 0, "logit_penalty": 0},
     "runtime": {"devices": 1, "num_nodes": 1},
     "output": {"epoch_save": 0, "save_steps": 0},
+    "faults": {"peer_timeout": 5},
 }
 
 _FOUR_BIT = ("nf4", "fp4", "4bit")

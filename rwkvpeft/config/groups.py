@@ -366,7 +366,10 @@ class FaultsConfig:
         600.0, help="end the run when the data's file system has not answered for so long; 0: never", unit="seconds"
     )
     peer_timeout: float = flag(
-        30.0, help="end the run when another of its processes has not been heard of for so long", unit="seconds"
+        30.0,
+        help="end the run when another of its processes, dead or stopped, has not been heard of for so long; one that "
+        "is killed on a machine that runs is noticed at once",
+        unit="seconds",
     )
 
 

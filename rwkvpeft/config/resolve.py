@@ -46,7 +46,8 @@ def resolve(
 
     Args:
         given: values by field name.
-        earlier_seed: seed of the run that may be taken up again; stands in for a seed that is not given.
+        earlier_seed: seed of the run that may be taken up again; stands in for a seed that is not given. -1: another
+            process draws it.
         files_too: also check that the files are there and that the output folder can be written.
         planned: the run is only talked about and needs neither a base model nor data yet.
     Returns: all settings, none of them left open except sizes the checkpoint tells; and remarks, one line each.
@@ -63,7 +64,7 @@ def resolve(
     by_stage(values)
     _by_machine(values, machine, remarks)
     findings = Findings()
-    _seed(values, earlier_seed, remarks, findings)
+    _seed(values, earlier_seed, remarks)
     config = build_groups(values)
     check_values(config, findings, planned=planned)
     if files_too:
@@ -109,14 +110,12 @@ def _by_machine(values: dict[str, Any], machine: Machine, remarks: list[str]) ->
         remarks.append("--op fla is taken as --fla: upstream's scripts for state tuning always carry it")
 
 
-def _seed(values: dict[str, Any], earlier_seed: int | None, remarks: list[str], findings: Findings) -> None:
+def _seed(values: dict[str, Any], earlier_seed: int | None, remarks: list[str]) -> None:
     if values.get("random_seed", -1) >= 0:
         return
     if earlier_seed is not None:
         values["random_seed"] = earlier_seed
         return
-    if values.get("num_nodes", 1) > 1:
-        findings.add("several machines cannot agree on a seed by themselves", fix="--random_seed 1")
     values["random_seed"] = random.SystemRandom().randrange(2**31)
     remarks.append(
         f"random seed {values['random_seed']} (give --random_seed {values['random_seed']} to repeat this run)"

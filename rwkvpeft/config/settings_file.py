@@ -81,10 +81,3 @@ def _flat(loaded: Mapping[Any, Any], groups: Mapping[str, type]) -> list[tuple[s
         else:
             pairs.append((str(key), value))
     return pairs
-
-
-def read_seed(path: Path) -> int | None:
-    """The seed a ``config.yaml`` records; None if there is no such file or it records none."""
-    runtime = _load(path).get("runtime") if path.is_file() else None
-    seed = runtime.get("random_seed") if isinstance(runtime, dict) else None
-    return seed if isinstance(seed, int) else None

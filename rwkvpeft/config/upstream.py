@@ -60,6 +60,7 @@ FLAGS: dict[str, UpstreamFlag] = {
     "lora_dropout": _means("lora_dropout in --peft_config"),
     "lora_load": _means("--adapter"),
     "lora_parts": _means("--train_parts; att and ffn must be among them"),
+    "local_rank": _means("what DeepSpeed's launcher passes; the environment says it too", "0"),
     "emb": _means("adds emb to --train_parts", kind="switch"),
     "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
     "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -76,6 +76,7 @@ def fit(
     loss_rows: RowChoice | RowProgram = "auto",
     watched: Watched | None = None,
     begun: int = 0,
+    also: Sequence[pl.Callback] = (),
 ) -> FitResult:
     """Train ``model`` in place, from the newest resume point if the settings say so.
 
@@ -88,6 +89,7 @@ def fit(
         loss_rows: what works on the loss's rows of logits.
         watched: what the run is watched by; None for nothing.
         begun: mini-epochs that earlier runs have done, with whose weights this one begins.
+        also: further callbacks; they come first.
     Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
         training diverges, or what the run ends with cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
@@ -133,7 +135,7 @@ def fit(
             max_epochs=epochs_left,
             accumulate_grad_batches=plan.accumulate_grad_batches,
             gradient_clip_val=config.optimizer.grad_clip or None,
-            callbacks=callbacks,
+            callbacks=[*also, *callbacks],
             default_root_dir=config.output.proj_dir,
         )
         signals.keep_from(trainer)

@@ -86,7 +86,6 @@ def test_op_fla_is_a_habit_of_state_tuning_and_strict_elsewhere():
         {"lr_schedule": "exp", "lr_final": 0.0},
         {"magic_prime": 113},
         {"loss_mask": "se", "mask_id": {"mask0": "a"}},
-        {"num_nodes": 2},
         {"peft_config": {"r": 8}},
         {"train_parts": ["emb"]},
         {"peft": "state", "train_parts": ["emb"]},
