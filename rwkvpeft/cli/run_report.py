@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -17,6 +18,8 @@ from rwkvpeft.config.flags import specs
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.training.callbacks.lines import read_records
 from rwkvpeft.training.callbacks.watching import SAMPLES, VAL_DATA
+from rwkvpeft.training.fault_log import FAULTS
+from rwkvpeft.training.suspects import shortened
 
 if TYPE_CHECKING:
     from rwkvpeft.training.fit import FitResult
@@ -51,6 +54,7 @@ def write_report(
         [f"# {folder.resolve().name}", "", _outcome(result)],
         ["## What it came to", "", *_as_text(ending)],
         ["## How it went", "", *_course(steps), "", *(pictures or [_NO_PICTURES])],
+        _faults(read_records(folder / FAULTS)),
         _evaluations(evaluations, config),
         _answers(read_records(folder / SAMPLES), result),
         ["## What was trained on what", "", *_as_text(beginning)],
@@ -74,11 +78,13 @@ def _outcome(result: FitResult) -> str:
 def _course(steps: list[dict[str, Any]]) -> list[str]:
     if not steps:
         return ["No step was taken."]
+    # a step that was left out has none
+    losses = [step["loss"] for step in steps if step["loss"] is not None] or [math.nan]
     seconds = sum(step["t_cost"] for step in steps)
     tokens = sum(step["tokens"] for step in steps)
     rows = [
         ("optimizer steps", f"{len(steps):,}"),
-        ("loss of the first and the last step", f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"),
+        ("loss of the first and the last step", f"{losses[0]:.4f}, {losses[-1]:.4f}"),
         ("tokens read, padding included", f"{tokens:,}"),
         ("time in steps", str(timedelta(seconds=round(seconds)))),
         ("tokens/s, mean", f"{tokens / max(seconds, 1e-9):,.0f}"),
@@ -87,6 +93,18 @@ def _course(steps: list[dict[str, Any]]) -> list[str]:
     if memory:
         rows.append(("most memory of a process", f"{max(memory) / _GIB:.2f} GiB"))
     return _table(("", ""), rows)
+
+
+def _faults(faults: list[dict[str, Any]]) -> list[str]:
+    """The first steps that were left out or stood out."""
+    if not faults:
+        return []
+    rows = [
+        (str(fault["step"]), fault["kind"], _number(fault["loss"]), shortened(fault["documents"]))
+        for fault in faults[:_MOST_ROWS]
+    ]
+    lines = ["## Faults", "", *_table(("step", "what", "loss", "it held"), rows)]
+    return [*lines, "", f"All {len(faults)} are in `{FAULTS}`, with every document."]
 
 
 def _evaluations(evaluations: list[dict[str, Any]], config: TrainConfig) -> list[str]:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rwkvpeft.atomic import writing
-from rwkvpeft.training.callbacks.lines import keep_lines
+from rwkvpeft.training.callbacks.lines import LineFile, keep_lines
 
 FAULTS = "faults.jsonl"
 
@@ -28,6 +27,7 @@ class FaultLog:
 
     def __init__(self, folder: Path, report: Callable[[str], None], here: Callable[[], bool]) -> None:
         self._path = folder / FAULTS
+        self._file = LineFile(self._path, report)
         self._report = report
         self._here = here
         self._told: list[float] = []
@@ -36,19 +36,15 @@ class FaultLog:
     def open(self, step: int) -> None:
         """Cut the file back to where the run goes on."""
         if self._here():
-            with writing(self._path):
-                keep_lines(self._path, lambda line: json.loads(line)["step"] <= step)
-                if not step:
-                    self._path.unlink(missing_ok=True)
+            keep_lines(self._path, lambda line: 0 < json.loads(line)["step"] <= step)
 
     def add(self, record: dict[str, Any], line: str) -> None:
         """Write ``record``, and tell people ``line`` unless they have just been told others."""
         if not self._here():
             return
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        # the next one may be days away
+        self._file.close()
         now = time.monotonic()
         self._told = [at for at in self._told if now - at < _PAUSE_SECONDS]
         if len(self._told) >= _LINES_AT_ONCE:
