@@ -186,8 +186,17 @@ def _split_weights(model: nn.Module, settings: dict[str, Any]) -> None:
     weights of modules that are not called themselves."""
     import deepspeed
 
-    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    for block in deepspeed.utils.set_z3_leaf_modules(model, [Block]):
+        block.register_forward_pre_hook(_with_gradient)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+
+
+def _with_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed takes a block's gradients when that of its input is there: the first trained block has one, too."""
+    x, *rest = inputs
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return (x, *rest)
 
 
 def _engine(trainer: pl.Trainer) -> Any:
