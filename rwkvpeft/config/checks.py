@@ -12,6 +12,7 @@ from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_pretraining import check_pretraining
 from rwkvpeft.config.check_regularisers import check_regularisers
 from rwkvpeft.config.check_rows import check_rows
+from rwkvpeft.config.check_strategy import check_strategy
 from rwkvpeft.config.check_sources import check_vocabulary
 from rwkvpeft.config.data_files import check_data_files
 from rwkvpeft.config.findings import Findings, nearest
@@ -62,6 +63,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     check_regularisers(config, findings)
     check_evaluation(config, findings)
     check_long_context(config, findings)
+    check_strategy(config, findings)
     check_rows(config.data, findings)
     check_splitting(config, findings)
     check_chat(config.data, findings)
