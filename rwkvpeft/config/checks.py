@@ -12,8 +12,8 @@ from rwkvpeft.config.check_long_context import check_long_context
 from rwkvpeft.config.check_pretraining import check_pretraining
 from rwkvpeft.config.check_regularisers import check_regularisers
 from rwkvpeft.config.check_rows import check_rows
-from rwkvpeft.config.check_strategy import check_strategy
 from rwkvpeft.config.check_sources import check_vocabulary
+from rwkvpeft.config.check_strategy import check_strategy
 from rwkvpeft.config.data_files import check_data_files
 from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rwkvpeft.config.parse import parse_train
 from rwkvpeft.config.resolve import Machine, resolve
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import STRATEGIES
@@ -49,7 +50,5 @@ def test_stages_that_keep_weights_whole_take_long_rows_in_chunks():
 
 def test_an_unknown_strategy_is_told_the_nearest():
     with pytest.raises(UserError) as caught:
-        from rwkvpeft.config.parse import parse_train
-
         parse_train(["--strategy", "deepspeed_stage2"])
     assert "deepspeed_stage_2" in caught.value.render()

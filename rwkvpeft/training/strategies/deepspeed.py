@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
+from shutil import which
 from types import ModuleType
 from typing import Any
 
@@ -47,6 +48,8 @@ class DeepSpeed(Sharing):
             )
         if self.device_type not in ("cpu", "cuda"):
             raise UserError(f"DeepSpeed does not run on {self.device_type}", fix="--strategy auto")
+        if self.device_type == "cpu":
+            _check_compiler()
 
     def strategy(self) -> Any:
         """Lightning's own, which asks for a GPU, taught to use CPUs too."""
@@ -128,7 +131,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """As Lightning's, but for the check of the accelerator; processes of a CPU are numbered like GPUs."""
-        assert self.accelerator is not None and self.parallel_devices is not None
+        assert self.accelerator is not None
+        assert self.parallel_devices is not None
         if self.parallel_devices[0].type == "cpu":
             self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
         self.accelerator.setup_device(self.root_device)
@@ -179,6 +183,17 @@ def quiet_import(device_type: str) -> ModuleType:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def _check_compiler() -> None:
+    """Raises: UserError if what DeepSpeed compiles for processes of a CPU cannot be compiled."""
+    missing = [tool for tool in ("c++", "ninja") if which(tool) is None and not (tool == "ninja" and find_spec(tool))]
+    if missing:
+        raise UserError(
+            "DeepSpeed compiles an operator before it runs on a CPU",
+            found=f"no {' and no '.join(missing)}",
+            fix="install a C++ compiler, pip install ninja, or --strategy ddp or fsdp",
+        )
 
 
 def _split_weights(model: nn.Module, settings: dict[str, Any]) -> None:

@@ -67,9 +67,14 @@ def _read(runtime: RuntimeConfig) -> dict[str, Any]:
             found=said,
             fix="leave them out: --micro_bsz, --accumulate_grad_batches, --grad_clip, --optim, --precision, --grad_cp",
         )
-    stage = found.get("zero_optimization", {}).get("stage", read_stage(runtime.strategy))
+    zero = found.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"--ds_config {path}: zero_optimization is no object", found=zero, expected='{"stage": 2, ...}')
+    stage = zero.get("stage", read_stage(runtime.strategy))
     if stage != read_stage(runtime.strategy):
-        raise UserError(f"--ds_config {path} is of another stage", found=stage, fix=f"--strategy deepspeed_stage_{stage}")
+        raise UserError(
+            f"--ds_config {path} is of another stage", found=stage, fix=f"--strategy deepspeed_stage_{stage}"
+        )
     return found
 
 

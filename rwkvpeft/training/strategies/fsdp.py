@@ -7,7 +7,7 @@ Source: Zhao et al., PyTorch FSDP (arXiv 2304.11277), in its form of parameters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from rwkvpeft.models.backbone import Rwkv
-from rwkvpeft.training.optimizers.moments import load_moments, moments_of
+from rwkvpeft.training.optimizers.moments import load_moments
 from rwkvpeft.training.strategies.contract import Sharing, swapped, trained_parameters
 
 
