@@ -95,7 +95,7 @@ class DeepSpeed(Sharing):
         zero = _zero(optimizer)
         if self.stage < 3:
             _link_states(zero)
-        state = next(iter(zero.optimizer.state.values()), {})
+        state: dict[str, Any] = next(iter(zero.optimizer.state.values()), {})
         tensors: dict[str, Tensor] = {}
         for name, parameter in trained_parameters(model):
             for key, value in state.items():
@@ -155,6 +155,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         if self.zero_stage_3:
+            assert self.config is not None
             _split_weights(model, self.config)
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
@@ -170,7 +171,9 @@ class _Unchanged(DeepSpeedPrecision):
         """Leave the dtypes alone."""
         return data
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Lightning has divided by the number of micro-batches."""
         _engine(model.trainer).backward(tensor, scale_wrt_gas=False)
 
