@@ -14,6 +14,9 @@ _TARGETS_HELP = (
     "none given: receptance, key, value, output and gate of att and ffn"
 )
 
+LARGEST_RANK = 1 << 16
+_LARGEST_NUMBER = 1e300
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -105,12 +108,14 @@ class StateConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # a whole number of any size may be compared with a float, and not be made one
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
 
 
 def _check_rank(method: str, r: Any) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UserError(f"{method}'s r cannot be used", found=r, expected="a whole number from 1")
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
+        raise UserError(f"{method}'s r cannot be used", found=f"{r!r:.80}",
+                        expected=f"a whole number from 1 to {LARGEST_RANK}")
 
 
 def _check_dropout(what: str, value: Any) -> None:

@@ -7,6 +7,7 @@ further training would otherwise ask the user for.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,8 +21,10 @@ from rwkvpeft.atomic import write_whole
 from rwkvpeft.checkpoints.files import load_tensors, save_tensors
 from rwkvpeft.checkpoints.quantised import model_fingerprint
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import LARGEST_RECORD_BYTES, read_text
 
 FORMAT = 1
+_LARGEST_NUMBER = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,38 @@ class Recipe:
         """
         try:
             values = json.loads(text)
-        except ValueError as reason:
+            # half of a surrogate pair, which no file can hold
+            json.dumps(values, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as reason:
             raise UserError(f"{source} is not valid json", found=reason, fix="delete it and give the flags instead") \
                 from reason
         if not isinstance(values, dict) or "method" not in values:
             raise UserError(f"{source} does not describe an adapter", expected="a json object with the key method")
+        known = {item.name: str(item.type) for item in fields(cls)}
+        for name, value in values.items():
+            if name in known and not _is_of(value, known[name]):
+                raise UserError(f"{source}: {name} cannot be used", found=f"{value!r:.80}", expected=known[name],
+                                fix="copy it again, or delete it and give the flags instead")
         if values.get("format", FORMAT) > FORMAT:
             raise UserError(f"{source} was written by a newer version of this toolkit", found=values["format"],
                             expected=f"format {FORMAT}", fix="pip install --upgrade rwkvpeft")
-        known = {item.name for item in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def _is_of(value: object, kind: str) -> bool:
+    """Whether a value read from json is of a field's type."""
+    if kind.endswith(" | None"):
+        return value is None or _is_of(value, kind.removesuffix(" | None"))
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool):
+        return kind == "bool"
+    if kind == "float":
+        # a loss may be infinite, and a whole number too large for a float
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST_NUMBER)
+    if kind == "int":
+        return isinstance(value, int) and abs(value) < _LARGEST_NUMBER
+    return isinstance(value, dict if kind.startswith("dict") else str)
 
 
 def infer_recipe(tensors: Mapping[str, Tensor], source: str, *, alpha: float | None = None) -> Recipe:
@@ -164,9 +189,9 @@ def load_recipe(path: Path | str) -> Recipe | None:
     Raises: UserError if it is broken.
     """
     place = recipe_path(path)
-    if not place.is_file():
+    if not os.path.exists(place):
         return None
-    return Recipe.from_json(place.read_text(encoding="utf-8"), str(place))
+    return Recipe.from_json(read_text(place, LARGEST_RECORD_BYTES), str(place))
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -174,13 +199,18 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
     Raises: UserError starting with ``what``, with the number of broken tensors and the first one's name.
     """
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not _as_computed(tensor).isfinite().all()]
     if broken:
         raise UserError(
             f"{what}: tensors hold NaN or infinity",
             found=f"{len(broken)} of {len(tensors)} tensors, the first is {broken[0]}",
             fix="lower --lr_init, or train with --precision bf16 or fp32",
         )
+
+
+def _as_computed(tensor: Tensor) -> Tensor:
+    # PyTorch looks for infinity in no float of 8 bits
+    return tensor.half() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _plain_name(name: str) -> str:

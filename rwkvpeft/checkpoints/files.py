@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkvpeft.atomic import write_whole
-from rwkvpeft.checkpoints.contents import Contents
+from rwkvpeft.checkpoints.contents import ZIP_MARK, Contents
 from rwkvpeft.checkpoints.pickled import ForeignError, StoredTensor
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import normalise_names
@@ -75,6 +75,12 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
             expected="a complete .pth file",
             fix="download or copy it again and compare its size",
         ) from reason
+
+
+def is_zip(path: Path | str) -> bool:
+    """Whether a file begins as those do that ``torch.save`` writes today. Raises: UserError if it cannot be read."""
+    with open_file(path) as file:
+        return file.read(len(ZIP_MARK)) == ZIP_MARK
 
 
 def _named(value: object, path: Path) -> dict[str, StoredTensor]:

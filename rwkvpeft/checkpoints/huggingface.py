@@ -24,6 +24,7 @@ from rwkvpeft.atomic import make_durable, writing
 from rwkvpeft.checkpoints.adapter import Recipe, check_finite
 from rwkvpeft.checkpoints.huggingface_names import Foreign, from_foreign, to_foreign
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import LARGEST_RECORD_BYTES, read_text
 
 CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
@@ -109,15 +110,15 @@ def _base_name(config: Mapping[str, Any]) -> str:
 
 def _recipe_beside(folder: Path) -> Recipe | None:
     path = folder / _RECIPE
-    return Recipe.from_json(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+    return Recipe.from_json(read_text(path, LARGEST_RECORD_BYTES), str(path)) if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist", expected="a folder as Hugging Face peft writes it")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as reason:
+        values = json.loads(read_text(path, LARGEST_RECORD_BYTES))
+    except (ValueError, RecursionError) as reason:
         raise UserError(f"{path} is not valid json", found=reason) from reason
     if not isinstance(values, dict):
         raise UserError(f"{path} does not describe an adapter", expected="a json object")

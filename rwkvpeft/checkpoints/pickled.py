@@ -34,7 +34,12 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
-_DTYPES = {name: thing for name, thing in vars(torch).items() if isinstance(thing, torch.dtype)}
+_OTHER_DTYPES = ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+# those whose numbers are whole bytes; older releases of PyTorch lack some
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (*_STORAGES.values(), *(getattr(torch, name) for name in _OTHER_DTYPES if hasattr(torch, name)))
+}
 
 
 class PickleError(ValueError):

@@ -8,7 +8,6 @@ tells which model it was made of.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkvpeft.atomic import write_whole
-from rwkvpeft.checkpoints.files import MappedTensors, fingerprint, load_tensors, outline_of
+from rwkvpeft.checkpoints.files import MappedTensors, fingerprint, is_zip, load_tensors, outline_of
 from rwkvpeft.checkpoints.stream import Spec, write_tensors
 from rwkvpeft.config.groups import MethodConfig
 from rwkvpeft.errors import UserError
@@ -28,6 +27,7 @@ from rwkvpeft.quantization.linear import QuantizedLinear
 
 HEAD = "head.weight"
 FINGERPRINT = "quantised.fingerprint"
+_LONGEST_FINGERPRINT = 64
 _PACKED = re.compile(r"(?P<weight>.+\.weight)\.(?P<format>int8|nf4|fp4|fp8)\.(?P<part>\w+)")
 
 
@@ -114,7 +114,7 @@ def find_packed(tensors: Mapping[str, Tensor], source: str) -> dict[str, PackedW
         told = outline.get(prefix + "shape")
         usable = told is not None and told.dtype == torch.int64 and tuple(told.shape) == (2,)
         shape = tuple(tensors[prefix + "shape"].tolist()) if usable else ()
-        layout = {} if len(shape) != 2 else format.layout(shape)
+        layout = format.layout(shape) if len(shape) == 2 and min(shape) > 0 else {}
         found_layout = {part: (tuple(outline[prefix + part].shape), outline[prefix + part].dtype) for part in names}
         found_layout.pop("shape", None)
         if not layout or found_layout != layout:
@@ -159,14 +159,12 @@ def model_fingerprint(path: Path | str) -> str:
 
     Adapters trained on either can thus be used with both, and merged into the original.
     """
-    told = None
-    if zipfile.is_zipfile(path):
-        try:
-            told = load_tensors(path).get(FINGERPRINT)
-        except UserError:
-            # whatever is wrong with it as a checkpoint is for those to say who load it
-            told = None
-    if told is None or told.dtype != torch.uint8 or told.dim() != 1:
+    try:
+        told = load_tensors(path).get(FINGERPRINT) if is_zip(path) else None
+    except UserError:
+        # whatever is wrong with it as a checkpoint is for those to say who load it
+        told = None
+    if told is None or told.dtype != torch.uint8 or told.dim() != 1 or len(told) > _LONGEST_FINGERPRINT:
         return fingerprint(path)
     return bytes(told.tolist()).hex()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,6 +13,7 @@ from rwkvpeft.config.check_sources import check_source_file, check_sources
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import open_file
 
 # no letter may follow the colon, as it does in C:\data
 _SHARE = re.compile(r":(\d+(?:\.\d+)?|\.\d+)$")
@@ -64,9 +66,9 @@ def format_of(path: str, data_type: str) -> str:
 def is_json_list(path: str | Path) -> bool:
     """Whether a file is one JSON list of records, and not one record a line; False if it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with open_file(path) as file:
             return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    except OSError:
+    except (OSError, UserError):
         return False
 
 
@@ -105,13 +107,13 @@ def _check_part(path: str, data_type: str, parts: Sequence[DataFile], findings: 
         findings.add("--data_file: what stands behind a colon is the file's share", found=path,
                      expected="a number above 0: a.jsonl:3,b.jsonl:1")
         return
-    suggested = "sft" if Path(path).is_dir() else _SUGGESTED.get(Path(path).suffix.lower())
+    suggested = "sft" if os.path.isdir(path) else _SUGGESTED.get(Path(path).suffix.lower())
     fix = "check the path; --data_file is the path without .bin and .idx"
     if data_type != "binidx":
         fix = "check the path"
-    elif suggested and Path(path).exists():
+    elif suggested and os.path.exists(path):
         fix = f"--data_type {suggested}"
-    elif Path(path).is_file() or Path(f"{path}.jsonl").is_file():
+    elif os.path.isfile(path) or os.path.isfile(f"{path}.jsonl"):
         fix = "--data_type jsonl, or python make_data.py FILE.jsonl first"
     elif len(missing) == 1:
         fix = "both files belong together: copy the missing one, or make them again with make_data.py"
@@ -122,4 +124,4 @@ def _check_part(path: str, data_type: str, parts: Sequence[DataFile], findings: 
 
 def _missing(path: str, data_type: str) -> list[str]:
     names = [f"{path}.bin", f"{path}.idx"] if data_type == "binidx" else [path]
-    return [name for name in names if not Path(name).is_file()]
+    return [name for name in names if not os.path.isfile(name)]

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkvpeft.config.findings import Findings, nearest
+from rwkvpeft.config.yaml_text import parse_yaml
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import LARGEST_SETTINGS_BYTES, read_text
 from rwkvpeft.registry import ADAPTERS
 
 LINEAR_MODES = tuple(name for name in ADAPTERS if name != "state")
@@ -26,6 +28,7 @@ MODES = ("full", "freeze", "state", *LINEAR_MODES)
 EVERY_LAYER = "*"
 """The layer of a row for all numbered layers that have no row of their own."""
 
+_LARGEST_RANK = 1 << 16
 _SCALED = ("lora", "dora")
 _COLUMNS = {
     "layer": "layer",
@@ -100,10 +103,7 @@ def read_layer_profile(path: Path | str) -> list[LayerRow]:
     Raises: UserError with every mistake of the file and its line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as reason:
-        raise UserError(f"--layer_profile {path} cannot be read", found=reason, fix="check the path") from reason
+    text = read_text(path, LARGEST_SETTINGS_BYTES, f"--layer_profile {path} cannot be read", "utf-8-sig")
     findings = Findings()
     is_yaml = path.suffix.lower() in (".yaml", ".yml", ".json")
     records = _yaml_records(text, path) if is_yaml else _csv_records(text, path, findings)
@@ -167,24 +167,17 @@ def _csv_records(text: str, path: Path, findings: Findings) -> list[Record]:
 
 
 def _yaml_records(text: str, path: Path) -> list[Record]:
-    import yaml
-
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        values = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as reason:
-        mark = getattr(reason, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{place}: {getattr(reason, 'problem', None) or 'it is not valid YAML'}",
-                        expected="a list of rows, as - {layer: 0-11, mode: lora, rank: 16}",
-                        fix='write "*" in quotes, or default') from reason
-    if node is None or not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        values, lines = parse_yaml(text, str(path))
+    except UserError as reason:
+        raise UserError(reason.what, found=reason.found, fix='write "*" in quotes, or default',
+                        expected="a list of rows, as - {layer: 0-11, mode: lora, rank: 16}") from reason
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise UserError(f"{path} is not a list of rows", found=type(values).__name__,
                         expected="- {layer: 0-11, mode: lora, rank: 16}")
     return [
-        Record(f"{path}:{item.start_mark.line + 1}", {str(key): cell for key, cell in value.items()})
-        for item, value in zip(node.value, values, strict=True)
+        Record(f"{path}:{line}", {str(key): cell for key, cell in value.items()})
+        for line, value in zip(lines, values, strict=True)
     ]
 
 
@@ -252,6 +245,8 @@ class _Cells:
         self._check_mode(mode, layer, part)
         rank = self._number("rank", least=0)
         misread = rank is None and bool(self._text("rank"))
+        if rank is not None and rank > _LARGEST_RANK:
+            self._wrong("the rank is too large", found=self._text("rank"), expected=f"at most {_LARGEST_RANK}")
         if mode in LINEAR_MODES and not misread and (not rank or rank != int(rank)):
             self._wrong(f"mode {mode} needs a rank", found=self._text("rank") or "none",
                         expected="a whole number from 1")
@@ -279,7 +274,7 @@ class _Cells:
             return [text]
         if text in (EVERY_LAYER, "default"):
             return [EVERY_LAYER]
-        found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", text)
+        found = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", text)
         if found and int(found[1]) <= int(found[2] or found[1]):
             return [str(number) for number in range(int(found[1]), int(found[2] or found[1]) + 1)]
         self._wrong("the layer is none", found=text or "an empty cell",

@@ -11,7 +11,9 @@ from rwkvpeft.atomic import write_whole
 from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.flags import FlagSpec
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.yaml_text import parse_yaml
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import LARGEST_SETTINGS_BYTES, read_text
 
 
 def read_flat(path: Path, groups: Mapping[str, type], spec_of: Callable[[str], FlagSpec | None]) -> dict[str, Any]:
@@ -51,17 +53,11 @@ def write_settings(path: Path, config: TrainConfig) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import yaml
-
+    text = read_text(path, LARGEST_SETTINGS_BYTES, f"--config {path} cannot be read")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as reason:
-        raise UserError(f"--config {path} cannot be read", found=reason, fix="check the path") from reason
-    except yaml.YAMLError as reason:
-        mark = getattr(reason, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problem = getattr(reason, "problem", None) or "it is not valid YAML"
-        raise UserError(f"{place}: {problem}", expected="lines of the form name: value") from reason
+        loaded, _ = parse_yaml(text, str(path))
+    except UserError as reason:
+        raise UserError(reason.what, found=reason.found, expected="lines of the form name: value") from reason
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

@@ -55,9 +55,11 @@ def parse_json(option: str, text: str, example: Mapping[str, Any] | None = None)
     shown = json.dumps(example or {"r": 8})
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # a whole number may have too many digits, an object too many levels
+        place = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(
-            f"{option} is not valid JSON: {error.msg} at column {error.colno}",
+            f"{option} is not valid JSON: {place}",
             found=text,
             expected="an object with its names in double quotes",
             fix=f'{option} \'{shown}\' (single quotes keep the shell away; of a variable: {option} "$VARIABLE")',
@@ -68,6 +70,7 @@ def parse_json(option: str, text: str, example: Mapping[str, Any] | None = None)
 
 
 def _from_text(spec: FlagSpec, text: str) -> Any:
+    _check_text(spec, text)
     if spec.optional and text.strip().lower() == "none" and "none" not in spec.choices:
         return None
     value: Any
@@ -84,6 +87,16 @@ def _from_text(spec: FlagSpec, text: str) -> Any:
     if spec.choices and str(value) not in spec.choices:
         raise _not_offered(spec, text)
     return value
+
+
+def _check_text(spec: FlagSpec, text: str) -> None:
+    """Refuse what is no text: bytes that are not UTF-8, which could be written into no file of the run, and NUL."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{spec.option} holds what is not UTF-8", found=ascii(text), expected="text") from error
+    if "\0" in text:
+        raise UserError(f"{spec.option} holds a NUL", found=ascii(text), expected="text")
 
 
 def _whole(spec: FlagSpec, text: str) -> int:
@@ -115,11 +128,12 @@ def _word_list(spec: FlagSpec, words: list[str]) -> list[str]:
     if joined.startswith("["):
         try:
             listed = [str(word) for word in json.loads(joined)]
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise _wrong(spec, joined) from error
     else:
         listed = joined.replace(",", " ").split()
     for word in listed:
+        _check_text(spec, word)
         if spec.choices and word not in spec.choices:
             raise _not_offered(spec, word)
     if "none" in listed and len(listed) > 1:

@@ -8,6 +8,7 @@ Source: RWKV-LM, ``RWKV-v4neo/src/dataset.py``, which reads ``uint16`` in rows o
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from rwkvpeft.data.source import Tokens, TokenSource
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT
 from rwkvpeft.errors import UserError
 
+# tokens of real text become a third to a tenth by packing
+_LARGEST_INFLATION, _ALWAYS_INFLATED = 50, 1 << 26
 _SEARCHED_AT_ONCE = 1 << 26
 _LARGEST_DOCUMENT = np.iinfo(np.int32).max
 
@@ -72,9 +75,12 @@ def open_numpy(config: DataConfig) -> ArraySource:
         with loaded as arrays:
             if len(arrays.files) != 1:
                 raise UserError(f"{path} holds several arrays", found=arrays.files, expected="one, the tokens")
+            _require_sober(arrays.zip, path)
             return ArraySource(config, arrays[arrays.files[0]], open_numpy)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as reason:
-        raise UserError(f"{path} is not an array of numpy", found=str(reason).splitlines()[0],
+    except (ValueError, TypeError, OverflowError, KeyError, MemoryError, NotImplementedError, RuntimeError, OSError,
+            EOFError, SyntaxError, zlib.error, zipfile.BadZipFile) as reason:
+        found = (str(reason).splitlines() or [type(reason).__name__])[0]
+        raise UserError(f"{path} is not an array of numpy", found=found,
                         expected="what numpy.save or numpy.savez wrote, without Python objects") from reason
 
 
@@ -110,6 +116,14 @@ def _flat(tokens: Tokens) -> Tokens | FileArray:
     if isinstance(tokens, np.memmap) and tokens.flags.c_contiguous and tokens.filename is not None:
         return FileArray(Path(tokens.filename), tokens.dtype, tokens.size, tokens.offset)
     return np.asarray(tokens).reshape(-1)
+
+
+def _require_sober(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse an archive that would fill the memory from a few bytes. Raises: UserError."""
+    inflated = sum(item.file_size for item in archive.infolist())
+    if inflated > max(_LARGEST_INFLATION * path.stat().st_size, _ALWAYS_INFLATED):
+        raise UserError(f"{path} becomes {inflated} bytes when it is unpacked", found=f"{path.stat().st_size} bytes",
+                        expected=f"at most {_LARGEST_INFLATION} times as much", fix="save it with numpy.save")
 
 
 def _ends(tokens: Tokens | FileArray) -> npt.NDArray[np.int64]:

@@ -25,6 +25,7 @@ from rwkvpeft.data.mask_file import begin_mask, finish_mask, pair_fingerprint, r
 from rwkvpeft.data.source import TokenSource
 from rwkvpeft.data.voices import Spoken, Voice
 from rwkvpeft.errors import ContractError, UserError
+from rwkvpeft.reading import open_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -100,7 +101,7 @@ class _Index:
     def __init__(self, path: Path) -> None:
         self.path = path
         file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
             raise UserError(f"{path} is not a binidx index", found=header[:9], expected=_MAGIC, fix=_FIX)

@@ -43,7 +43,11 @@ def segments(record: Mapping[str, Any], text_key: str = "text") -> list[Segment]
     """
     if text_key in record:
         return split_text(as_text(record[text_key], f'field "{text_key}"'))
-    return render(read_turns(record, text_key))
+    try:
+        return render(read_turns(record, text_key))
+    except RecursionError as reason:
+        # to be written as JSON takes more of the stack than to be read
+        raise RecordError("nested too deeply to be read") from reason
 
 
 def require_end(tokenizer: Tokenizer) -> None:

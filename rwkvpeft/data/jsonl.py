@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import open_file
 
 BLOCK_BYTES = 1 << 22
 _SEARCHED_AT_ONCE = 1 << 16
 SHOWN = 80
+LARGEST_LINE_BYTES = 1 << 25
+"""A longer line is refused: it is eight million tokens, many times the longest context, and the objects it could hold
+would take twenty-five times its size."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -70,7 +74,9 @@ def excerpt(raw: bytes) -> str:
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line, None for a blank one. Raises: BadLine if it holds anything else."""
+    """The JSON object of a line, None for a blank one. Raises: BadLine if it holds anything else, or is too long."""
+    if len(raw) > LARGEST_LINE_BYTES:
+        raise BadLine(f"longer than {LARGEST_LINE_BYTES >> 20} MiB; cut the document into several")
     try:
         text = raw.decode("utf-8").strip()
     except UnicodeDecodeError as reason:
@@ -100,8 +106,7 @@ def blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, in
 
     Raises: UserError if the file cannot be opened.
     """
-    require_readable(path)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         size = file.seek(0, 2)
         start = 0
         while start < size:
@@ -111,18 +116,18 @@ def blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, in
 
 
 def require_readable(path: Path) -> None:
-    """Raises: UserError if the file cannot be opened for reading."""
-    try:
-        path.open("rb").close()
-    except OSError as reason:
-        raise UserError(f"cannot read {path}", found=reason.strerror, fix="check the path") from reason
+    """Raises: UserError if this is no regular file, or it cannot be opened for reading."""
+    open_file(path).close()
 
 
 def read_block(path: Path, start: int, end: int) -> list[bytes]:
-    """The lines of a range that ``blocks`` gave, without their ends and the byte order mark a file may start with."""
-    with path.open("rb") as file:
+    """The lines of a range that ``blocks`` gave, without their ends and the byte order mark a file may start with.
+
+    Of a last line that is too long, no more than shows that it is.
+    """
+    with open_file(path) as file:
         file.seek(start)
-        block = file.read(end - start)
+        block = file.read(min(end - start, BLOCK_BYTES + LARGEST_LINE_BYTES + 1))
     if start == 0:
         block = block.removeprefix(_BYTE_ORDER_MARK)
     # of bytes, splitlines takes LF, CR and CRLF only; of text it would take ten more

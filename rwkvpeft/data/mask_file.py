@@ -20,6 +20,7 @@ import numpy as np
 from rwkvpeft.data.file_array import FileArray
 from rwkvpeft.data.voices import Voice
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import open_file
 
 _MAGIC = b"RWKVMASK"
 _HEADER = struct.Struct("<8sQ")
@@ -63,7 +64,7 @@ def read_mask(
 
     Raises: UserError if the file is damaged, or belongs to a pair with other tokens.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
             raise _damaged(path, f"it begins with {header[:8]!r}, not with {_MAGIC!r}")
@@ -92,7 +93,7 @@ def _footer(path: Path, content: bytes) -> tuple[tuple[Voice, ...], object]:
         footer = json.loads(content)
         voices = tuple(Voice(float(weight), *map(bool, flags)) for weight, *flags in footer["voices"])
         fingerprint = footer["fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError) as reason:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as reason:
         raise _damaged(path, "no list of voices at its end") from reason
     if not all(0 <= voice.weight < math.inf for voice in voices):
         raise _damaged(path, "a weight below 0")

@@ -12,6 +12,7 @@ from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.template import SEPARATOR, chat_prompt
 from rwkvpeft.data.tokenizer import Tokenizer
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import LARGEST_RECORD_BYTES, read_text
 
 _LOOKED_AT = 50
 _EXPECTED = 'one JSON text, {"prompt": "..."} or record of a conversation a line'
@@ -34,16 +35,13 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     Raises: UserError naming the file and the line, also if there is no prompt.
     """
     prompts = []
-    try:
-        # in text, splitlines would take ten more characters for ends of lines
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as reason:
-        raise UserError(f"--sample_prompts {path} cannot be read", found=reason) from reason
+    # in text, splitlines would take ten more characters for ends of lines
+    lines = read_text(path, LARGEST_RECORD_BYTES, f"--sample_prompts {path} cannot be read", "utf-8-sig").split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 prompts.append(_prompt(json.loads(line)))
-            except (ValueError, RecordError) as reason:
+            except (ValueError, RecursionError, UserError) as reason:
                 raise UserError(f"{path}:{number}: this is no prompt", found=reason, expected=_EXPECTED) from reason
     if not prompts:
         raise UserError(f"--sample_prompts {path} holds no prompt", expected=_EXPECTED)

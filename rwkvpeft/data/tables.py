@@ -7,16 +7,19 @@ A csv file is read with Python's own reader, where every value is text: nothing 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rwkvpeft.config.data_files import is_json_list
 from rwkvpeft.data.jsonl import Record, read_records, require_readable
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import open_file
 
-_LARGEST_FIELD_BYTES = 1 << 30
+_LARGEST_ROW = 1 << 25
+_READ_AT_ONCE = 1 << 20
 _ROWS_AT_ONCE = 1024
 
 
@@ -53,15 +56,17 @@ def _some(rows: Iterator[Record], path: Path) -> Iterator[Record]:
 
 
 def _csv_rows(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(_LARGEST_FIELD_BYTES)
+    csv.field_size_limit(_LARGEST_ROW)
     # the mark that spreadsheets put in front is no part of the first column's name
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
+        lines = _Lines(file, path)
+        reader = csv.reader(lines, strict=True)
         try:
             columns = next(reader, [])
             if len(set(columns)) != len(columns):
                 raise UserError(f"{path} names a column twice", found=columns, expected="a name for each column")
             for row in reader:
+                lines.taken = 0
                 if not row:
                     continue
                 if len(row) != len(columns):
@@ -74,6 +79,27 @@ def _csv_rows(path: Path) -> Iterator[Record]:
             raise UserError(f"{path}:{reader.line_num}: not csv: {reason}") from reason
         except UnicodeDecodeError as reason:
             raise UserError(f"{path} is not UTF-8", found=str(reason), fix="save it as UTF-8") from reason
+
+
+class _Lines:
+    """The lines of a file, as long as those of one row are not too many characters: a reader holds them all.
+
+    Attributes:
+        taken: characters read for the present row; who reads the rows sets it back.
+    """
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path, self._number = file, path, 0
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(_LARGEST_ROW):
+            self._number += 1
+            self.taken += len(line)
+            if self.taken >= _LARGEST_ROW:
+                raise UserError(f"{self._path}:{self._number}: a row of more than {_LARGEST_ROW} characters",
+                                fix="is a double quote missing?")
+            yield line
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:
@@ -89,17 +115,71 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(number, row)
-    except (pyarrow.ArrowException, OSError) as reason:
-        found = str(reason).splitlines()[0]
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError, TypeError) as reason:
+        found = (str(reason).splitlines() or [type(reason).__name__])[0]
         raise UserError(f"{path} cannot be read as parquet", found=found, fix="copy the file again") from reason
 
 
 def _listed_rows(path: Path) -> Iterator[Record]:
-    try:
-        listed: list[Any] = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as reason:
-        raise UserError(f"{path} is not valid JSON", found=str(reason), fix="check the file") from reason
-    for number, row in enumerate(listed, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: item {number} of the list is no object", found=str(row)[:80])
-        yield Record(number, row)
+    """The objects of one list, each read by itself, so that memory is bounded by the largest."""
+    number = 0
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as file:
+        try:
+            for number, row in enumerate(_items(file), start=1):
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}: item {number} of the list is no object", found=repr(row)[:80])
+                yield Record(number, row)
+        except (ValueError, RecursionError) as reason:
+            raise UserError(f"{path} is not valid JSON behind item {number} of its list", found=str(reason),
+                            fix="check the file") from reason
+
+
+def _items(file: TextIO) -> Iterator[Any]:
+    """The items of a JSON list. Raises: ValueError where it is none, RecursionError where one is nested too deeply."""
+    decoder, rest = json.JSONDecoder(), ""
+
+    def ahead() -> str:
+        """What follows, without blanks."""
+        text = rest.lstrip()
+        while not text and (more := file.read(_READ_AT_ONCE)):
+            text = more.lstrip()
+        return text
+
+    rest = ahead()[1:]
+    rest = ahead()
+    while not rest.startswith("]"):
+        item, rest = _first_item(decoder, rest, file)
+        yield item
+        rest = ahead()
+        if rest.startswith(","):
+            rest = rest[1:]
+            rest = ahead()
+            if rest.startswith("]"):
+                raise ValueError("a comma before the end of the list")
+        elif not rest.startswith("]"):
+            raise ValueError("no comma between two items" if rest else "the list does not end")
+    rest = rest[1:]
+    if ahead():
+        raise ValueError("something behind the end of the list")
+
+
+def _first_item(decoder: json.JSONDecoder, text: str, file: TextIO) -> tuple[Any, str]:
+    """The value ``text`` begins with, and what stands behind it, read on from ``file`` as far as needed."""
+    step = _READ_AT_ONCE
+    while True:
+        try:
+            item, end = decoder.raw_decode(text)
+            # a number may go on behind what has been read
+            if end < len(text):
+                return item, text[end:]
+        except json.JSONDecodeError:
+            if len(text) > _LARGEST_ROW:
+                raise
+        # twice as much each time: what was read is looked at anew
+        more = file.read(step)
+        step *= 2
+        if not more:
+            return decoder.raw_decode(text)[0], ""
+        text += more
+
+

@@ -8,6 +8,7 @@ Source: RWKV-LM, ``RWKV-v4neo/src/dataset.py``; its ``dummy`` is a text of sums.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from rwkvpeft.data.source import TokenSource
 from rwkvpeft.data.tokenizer import CharacterTokenizer, Tokenizer, load_tokenizer
 from rwkvpeft.data.vocabulary import write_characters
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import open_file
 
 _DUMMY_SUMS = 100_000
 _DUMMY_RANGE = 10_000
@@ -84,7 +86,8 @@ def is_to_be_made(config: DataConfig) -> bool:
 def read_text(path: str, encoding: str) -> str:
     """A text file, with \\n for every kind of line end. Raises: UserError if it cannot be read in ``encoding``."""
     try:
-        return Path(path).read_text(encoding=encoding)
+        with io.TextIOWrapper(open_file(path), encoding=encoding) as file:
+            return file.read()
     except UnicodeDecodeError as reason:
         raise UserError(
             f"{path} is not {encoding}",

@@ -13,8 +13,12 @@ from pathlib import Path
 
 from rwkvpeft.atomic import write_whole
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import read_whole
 
-_LARGEST_ID = (1 << 24) - 1
+# the World vocabulary has 65 thousand ids and 1 MB, its longest token 128 bytes
+_LARGEST_ID = (1 << 20) - 1
+_LARGEST_BYTES = 1 << 26
+_LONGEST_LINE = 1 << 13
 
 
 def read_vocabulary(path: Path) -> list[bytes]:
@@ -26,7 +30,7 @@ def read_vocabulary(path: Path) -> list[bytes]:
     """
     spellings: dict[int, bytes] = {}
     owners: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(read_whole(path, _LARGEST_BYTES).split(b"\n"), start=1):
         line = line.rstrip(b"\r")
         if not line:
             continue
@@ -57,7 +61,7 @@ def read_characters(path: Path) -> list[str]:
     Raises: UserError if the file is anything else, or an id is missing or given twice.
     """
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = json.loads(read_whole(path, _LARGEST_BYTES).decode())
         characters = [listed[str(token)] for token in range(len(listed))]
         whole = bool(characters) and all(isinstance(item, str) and len(item) == 1 for item in characters)
         "".join(characters if whole else ()).encode()
@@ -80,10 +84,13 @@ def _no_characters(path: Path) -> UserError:
 
 def same_vocabulary(one: Path, other: Path) -> bool:
     """True if two files hold the same lines, whatever ends them."""
-    return one.read_bytes().replace(b"\r\n", b"\n").rstrip() == other.read_bytes().replace(b"\r\n", b"\n").rstrip()
+    lines = (read_whole(path, _LARGEST_BYTES).replace(b"\r\n", b"\n").rstrip() for path in (one, other))
+    return next(lines) == next(lines)
 
 
 def _parse(line: bytes) -> tuple[int, bytes]:
+    if len(line) > _LONGEST_LINE:
+        raise ValueError(f"a line of {len(line)} bytes")
     number, _, rest = line.partition(b" ")
     literal, _, length = rest.rpartition(b" ")
     token = int(number)

@@ -113,7 +113,7 @@ def _version(tensors: Mapping[str, Tensor], source: str) -> str:
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> set[int]:
-    return {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
 
 
 def check_pre_ffn(version: str, n_layer: int, source: str) -> None:
@@ -142,20 +142,24 @@ def read_shape(tensors: Mapping[str, Tensor], source: str = "the file") -> Model
     version = _version(tensors, source)
     layers = _layers(tensors)
     if layers != set(range(len(layers))):
-        missing = sorted(set(range(max(layers))) - layers)
+        missing = next(number for number in range(len(layers)) if number not in layers)
         raise UserError(
             f"{source} lacks whole blocks",
-            found=f"no tensors of block {missing[0]}",
+            found=f"no tensors of block {missing}",
             fix="download it again: the file is incomplete",
         )
 
     def size(name: str, axis: int) -> int:
         if name not in tensors:
             raise UserError(f"{source} lacks the tensor {name}", fix="download it again: the file is incomplete")
-        return tensors[name].shape[axis]
+        shape = tensors[name].shape
+        if axis >= len(shape) or not shape[axis]:
+            raise UserError(f"{source}: the tensor {name} tells no size", found=tuple(shape))
+        return shape[axis]
 
     att = _first_mixing(tensors)
     heads = {"x052": "time_decay", "x060": "time_faaaa", "x070": "r_k"}[version]
+    heads_tell_none = f"{att}{heads}" in tensors and tensors[f"{att}{heads}"].dim() != 2
     ranks: dict[str, int] = {}
     if version == "x060":
         ranks = {"decay_rank": size(f"{att}time_decay_w1", 1), "mix_rank": size(f"{att}time_maa_w2", 1)}
@@ -176,9 +180,9 @@ def read_shape(tensors: Mapping[str, Tensor], source: str = "the file") -> Model
         vocab_size=size("head.weight", 0),
         dim_att=size(f"{att}receptance.weight", 0),
         dim_ffn=size("blocks.0.ffn.key.weight", 0),
-        head_size=size(f"{att}{heads}", 1) if tensors[f"{att}{heads}"].dim() == 2 else 64,
+        head_size=64 if heads_tell_none else size(f"{att}{heads}", 1),
         pre_ffn=int(_PRE_FFN in tensors),
-        head_qk=tensors["head_q.weight"].shape[0] if "head_q.weight" in tensors else 0,
+        head_qk=size("head_q.weight", 0) if "head_q.weight" in tensors else 0,
         **ranks,
     )
 
