@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,8 @@ class RunProgress:
 
     ``step`` counts optimizer steps, ``rows`` samples and ``tokens`` positions read by all devices, ``seconds`` the
     time spent. ``loss_sum`` and ``weight_sum`` belong to the current mini-epoch: the weighted sum of its tokens' losses
-    and their weight. ``loss`` is that of the last step.
+    and their weight. ``loss`` is that of the last step, ``losses`` those of the last hundred steps that were taken;
+    ``broken`` steps in a row were left out since.
     """
 
     step: int = 0
@@ -44,6 +45,8 @@ class RunProgress:
     loss_sum: float = 0.0
     weight_sum: float = 0.0
     loss: float | None = None
+    broken: int = 0
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -109,19 +112,24 @@ class StepRecord:
     """One optimizer step: what ``loss_data.jsonl`` holds.
 
     ``loss`` is the mean over the step's tokens on all devices, ``weight`` their number (sum of weights), ``tokens``
-    all positions read, padding included. ``grad_norm`` is before clipping; None if an fp16 step overflowed and was
-    left out. ``t_cost`` is in seconds.
+    all positions read, padding included. ``grad_norm`` is before clipping. Either is None where it is not finite, and
+    then the step was left out. ``t_cost`` is in seconds.
     """
 
     step: int
     epoch: int
-    loss: float
+    loss: float | None
     lr: float
     weight_decay: float
     t_cost: float
     grad_norm: float | None
     tokens: int
     weight: float
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the optimizer did not take the step."""
+        return self.loss is None or self.grad_norm is None
 
 
 class RwkvModule(pl.LightningModule):
@@ -324,7 +332,7 @@ class RwkvModule(pl.LightningModule):
         self.finished = StepRecord(
             step=progress.step,
             epoch=self.plan.epoch_begin + epoch,
-            loss=loss,
+            loss=loss if math.isfinite(loss) else None,
             lr=lr,
             weight_decay=weight_decay,
             t_cost=now - self._clock,
