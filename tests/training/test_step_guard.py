@@ -1,6 +1,7 @@
 """Steps that cannot be taken, and steps that stand out, through the real Trainer."""
 
 import json
+import math
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ from rwkvpeft.cli.run_report import write_report
 from rwkvpeft.data.rows import Row
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.spikes import height
+from rwkvpeft.training.strategies.build import build_sharing
 
 from .conftest import VOCABULARY, Rows, settings
 from .test_fit import after_step
@@ -85,6 +87,14 @@ def test_more_broken_steps_in_a_row_than_allowed_end_the_run_with_a_diagnosis(tr
     assert error.value.what == "training diverged at step 7, 3 steps in a row"
     for words in ("all weights are finite", "gradients not finite: emb.weight", "row 12, row 13", "the loss"):
         assert words in error.value.found, words
+
+
+def test_measuring_a_broken_gradient_leaves_the_others_as_they_are():
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    weights[0].grad, weights[1].grad = torch.tensor([math.inf, 1.0]), torch.tensor([3.0, 4.0])
+    norm = build_sharing(settings()).gradient_norm(weights, 1.0)
+    assert norm.isinf()
+    assert weights[1].grad.tolist() == [3.0, 4.0]
 
 
 def test_with_none_allowed_the_first_broken_step_ends_the_run(train, poisoned_base):

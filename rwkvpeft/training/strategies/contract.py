@@ -64,8 +64,14 @@ class Sharing(ABC):
 
     def gradient_norm(self, trained: list[nn.Parameter], largest: float) -> Tensor | None:
         """The norm () of all gradients together, before they are clipped to ``largest``, which is done; None if only
-        the step itself tells it (``norm_of_step``). Collective."""
-        return torch.nn.utils.clip_grad_norm_(trained, largest)
+        the step itself tells it (``norm_of_step``). Gradients that are not finite stay as they are, for a diagnosis.
+        Collective."""
+        if not hasattr(torch.nn.utils, "get_total_norm"):
+            # before PyTorch 2.6
+            return torch.nn.utils.clip_grad_norm_(trained, largest)
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(trained, largest, norm.where(norm.isfinite(), 0.0))
+        return norm
 
     def norm_of_step(self, trainer: pl.Trainer) -> float:
         """The norm of the gradients of the step just taken, where ``gradient_norm`` does not tell; inf if it was left
