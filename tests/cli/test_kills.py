@@ -18,12 +18,12 @@ STEPS = 60
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(model, data, folder):
+def command(model, data, folder, *more):
     words = f"--load_model {model} --data_file {data} --proj_dir {folder} --accelerator cpu --tokenizer bytes"
     run = "--ctx_len 48 --micro_bsz 2 --accumulate_grad_batches 2 --epoch_count 3 --epoch_save 1 --save_steps 2"
     method = '--peft lora --peft_config {"r":4,"lora_dropout":0.1} --random_seed 7 --lr_init 1e-3'
     steps = f"--epoch_steps {STEPS * 2 // 3}"
-    return [sys.executable, str(ROOT / "train.py"), *words.split(), *run.split(), *steps.split(), *method.split()]
+    return [sys.executable, str(ROOT / "train.py"), *words.split(), *run.split(), *steps.split(), *method.split(), *more]
 
 
 def steps_done(folder):
@@ -43,14 +43,15 @@ def kill_at(run, folder, step):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--save_async", "--step_save", "3", "--keep", "30")], ids=["at once", "beside"])
 def test_killed_at_random_moments_and_resumed_the_weights_are_the_same_bit_for_bit(
-    tiny_model, binidx_prefix, tmp_path, request
+    tiny_model, binidx_prefix, tmp_path, request, more
 ):
     wanted = request.config.getoption("--kills")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     subprocess.run(command(tiny_model, binidx_prefix, calm), check=True, capture_output=True, env=ENVIRONMENT)
     targets = sorted(random.Random().sample(range(STEPS * 9 // 10), wanted))
-    again, kills = command(tiny_model, binidx_prefix, killed), 0
+    again, kills = command(tiny_model, binidx_prefix, killed, *more), 0
     for target in targets:
         with subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as run:
             kills += kill_at(run, killed, target)
