@@ -23,7 +23,8 @@ def command(model, data, folder, *more):
     run = "--ctx_len 48 --micro_bsz 2 --accumulate_grad_batches 2 --epoch_count 3 --epoch_save 1 --save_steps 2"
     method = '--peft lora --peft_config {"r":4,"lora_dropout":0.1} --random_seed 7 --lr_init 1e-3'
     steps = f"--epoch_steps {STEPS * 2 // 3}"
-    return [sys.executable, str(ROOT / "train.py"), *words.split(), *run.split(), *steps.split(), *method.split(), *more]
+    spoken = " ".join((words, run, steps, method)).split()
+    return [sys.executable, str(ROOT / "train.py"), *spoken, *more]
 
 
 def steps_done(folder):

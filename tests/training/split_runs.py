@@ -38,7 +38,11 @@ COMMON = {"epoch_count": 2, "epoch_save": 1, "dropout": 0.0, "random_seed": SEED
 
 
 def job(method, layout, folder, stop=0):
-    """A run to do; ``stop``: it is told to end in the middle of that optimizer step."""
+    """A run to do.
+
+    ``folder`` is where, with {rank} in it a place of each process's own; ``stop``: it is told to end in the middle of
+    that optimizer step.
+    """
     layouts, values = RUNS[method]
     values = {**COMMON, **values, **layouts[layout]}
     if values.get("devices", 1) > 1:
@@ -72,7 +76,8 @@ def main(folder):
 
     torch.set_num_threads(1)
     for described in json.loads((folder / "jobs.json").read_text()):
-        do_run(folder, folder / described["folder"], described["values"], described["stop"])
+        name = described["folder"].format(rank=os.environ.get("RANK"))
+        do_run(folder, folder / name, described["values"], described["stop"])
 
 
 def do_run(folder, run, values, stop):

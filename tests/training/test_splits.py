@@ -93,6 +93,14 @@ def test_a_run_told_to_end_inside_of_a_step_ends_behind_it(runs, method):
         assert progress["rows"] == (20 if layouts(method) is UNEVEN else 24) + 8
 
 
+@pytest.mark.slow
+def test_processes_that_find_different_points_do_not_train_together(tmp_path):
+    random_checkpoint(tmp_path / "base.pth", n_layer=2, n_embd=16)
+    do_runs(tmp_path, [job("full", "8x1", "alone-0", stop=STOP)])
+    with pytest.raises(AssertionError, match=r"found different resume points\n.*steps 0, 4"):
+        do_runs(tmp_path, [job("full", "two processes x 4", "alone-{rank}")])
+
+
 SPLIT = {"epoch_steps": 8, "accumulate_grad_batches": 2, "micro_bsz": 2, "epoch_count": 1, "save_steps": 2}
 DROPOUT = {"peft": "lora", "peft_config": {"r": 2, "lora_dropout": 0.1}}
 
