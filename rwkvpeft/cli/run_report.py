@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkvpeft.atomic import write_whole
+from rwkvpeft.atomic import NotWrittenError, write_whole
 from rwkvpeft.config.flags import specs
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.training.callbacks.lines import read_records
@@ -28,6 +28,14 @@ _PACKAGES = ("rwkvpeft", "torch", "pytorch-lightning", "numpy", "triton", "bitsa
 _MOST_ROWS = 24
 _GIB = 2**30
 _NO_PICTURES = "Pictures of the curves need matplotlib: `pip install 'rwkvpeft[plot]'`."
+
+
+def report_line(config: TrainConfig, result: FitResult, *, beginning: list[str], ending: list[str]) -> str:
+    """Write ``report.md`` and say where it is, or why it is not: a run that has saved its model has not failed."""
+    try:
+        return f"report    {write_report(config, result, beginning=beginning, ending=ending)}"
+    except NotWrittenError as reason:
+        return f"report    {reason.what}: {reason.found}"
 
 
 def write_report(

@@ -104,7 +104,7 @@ def fit(
     progress = _first_progress(config, plan) if point is None else point.progress
     epochs_left = _epochs_left(config, plan, progress)
     checkpoints = _checkpoints(config, adapter, recipe, say)
-    if point is not None:
+    if point is not None and point.is_of(config.output):
         checkpoints.written = list(point.standing.checkpoints)
     reads = _read_watch(config, say)
     watching = Watching(watched or Watched(), config.evaluation, Path(config.output.proj_dir), progress.step,

@@ -72,6 +72,10 @@ class ResumePoint:
         """The settings it was written under."""
         return self.standing.essentials
 
+    def is_of(self, output: OutputConfig) -> bool:
+        """Whether a run wrote it in this very folder, and with it the checkpoints it names."""
+        return self.path.parent.resolve() == resume_folder(output).resolve()
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, through a memory map."""
         return load_tensors(self.path / _TENSORS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from rwkvpeft.cli.report import evaluation_lines
-from rwkvpeft.cli.run_report import write_report
+from rwkvpeft.cli.run_report import report_line, write_report
 from rwkvpeft.config.groups import (
     DataConfig,
     EvaluationConfig,
@@ -76,3 +76,10 @@ def test_a_model_that_never_beats_the_base_is_named(tmp_path):
 def test_what_was_forgotten_is_named(tmp_path):
     lines = evaluation_lines(config_of(tmp_path), history_of(None, None, general=[1.0, 1.25]))
     assert lines == ["warning: the model has forgotten: its loss on general.txt is 0.2500 nats above the base's"]
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(tmp_path):
+    (tmp_path / "run" / "report.md").mkdir(parents=True)
+    line = report_line(config_of(tmp_path), FitResult(1, 1.0, False), beginning=[], ending=[])
+    assert "cannot write" in line
+    assert "report.md" in line

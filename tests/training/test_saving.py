@@ -74,6 +74,16 @@ def test_what_an_earlier_start_of_the_run_wrote_counts_too(train, tmp_path, monk
     assert names(tmp_path / "run") == ["rwkv-2.json", "rwkv-2.pth"]
 
 
+def test_a_run_that_goes_on_in_another_folder_removes_nothing_there(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        after_step(patched, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        train(**EVERY, epoch_count=3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "rwkv-0.pth").write_text("of somebody else")
+    train(**EVERY, epoch_count=3, keep=1, folder="other", resume=str(tmp_path / "run" / "resume"))
+    assert names(tmp_path / "other") == ["rwkv-0.pth", "rwkv-2.json", "rwkv-2.pth"]
+
+
 def test_checkpoints_by_steps_rotate_with_those_of_mini_epochs(train, tmp_path):
     train(epoch_steps=4, epoch_count=2, epoch_save=1, step_save=3, keep=3)
     assert [name for name in names(tmp_path / "run") if name.endswith(".pth")] == [
