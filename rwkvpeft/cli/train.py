@@ -101,7 +101,6 @@ def _run(peers: Peers | Alone, asked: TrainConfig, remarks: list[str], argv: lis
     config, opened, more = fit_to_memory(config, beginning.base, opened)
     beginning = beginning._replace(config=config)
     prepared = prepare(config, beginning, opened)
-    peers.agree(prepared.identity)
     _fit(peers, asked, beginning, opened, prepared, [*remarks, *more], argv)
     return 0
 
@@ -123,13 +122,14 @@ def _fit(
     from rwkvpeft.training.fit import fit
 
     config, base, origin, new, begun = beginning
-    data, watched, recipe, plan, _ = prepared
+    data, watched, recipe, plan, identity = prepared
     adapter = opened.adapter
     # on a GPU this compiles and measures: after everything that may be refused at once
     chosen, more = assemble.choose_programs(base.shape, config)
     if new is not None:
         base = new.write(config, _say)
         recipe = assemble.make_recipe(base, config, adapter)
+    peers.agree(identity | {"base model": recipe.base_fingerprint})
     peers.ready(argv)
     recompute = assemble.choose_recompute(base, opened.longest, chosen)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, opened.start)
