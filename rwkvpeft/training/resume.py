@@ -301,13 +301,18 @@ def settle(point: ResumePoint) -> None:
     write_whole(point.path / _RECORD, lambda partial: partial.write_text(_sealed(record), encoding="utf-8"))
 
 
+def parameters_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained parameters of a point, by their names in the model."""
+    return {name.removeprefix("param."): tensor for name, tensor in tensors.items() if name.startswith("param.")}
+
+
 def restore_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved values into the trained parameters.
 
     Raises: ContractError if names or shapes do not match.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved = {name.removeprefix("param."): tensor for name, tensor in tensors.items() if name.startswith("param.")}
+    saved = parameters_in(tensors)
     if saved.keys() != trained.keys():
         raise ContractError(f"a resume point of other parameters: {sorted(saved.keys() ^ trained.keys())[:4]}")
     with torch.no_grad():

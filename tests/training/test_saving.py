@@ -97,6 +97,22 @@ def test_the_adapter_beside_a_merged_model_goes_with_it(train, tmp_path):
     assert names(tmp_path / "run") == ["rwkv-2-adapter.pth", "rwkv-2.json", "rwkv-2.pth"]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_weights_that_are_not_finite_never_take_the_place_of_a_point(train, tmp_path, monkeypatch, beside):
+    finish = RwkvModule._finish_step
+
+    def break_the_third(self, *args):
+        finish(self, *args)
+        if self.progress.step == 3:
+            with torch.no_grad():
+                self.model.emb.weight[0, 0] = torch.nan
+
+    monkeypatch.setattr(RwkvModule, "_finish_step", break_the_third)
+    with pytest.raises(UserError, match="the training diverged and is not saved"):
+        train(save_steps=1, save_async=beside)
+    assert steps_of_points(tmp_path / "run") == [1, 2]
+
+
 @pytest.mark.parametrize("method", [{"peft": "none"}, LORA, {**LORA, "merge": 1}])
 def test_writing_in_the_background_gives_the_same_files(train, tmp_path, method):
     values = {**method, **EVERY, "epoch_count": 3, "step_save": 1, "save_steps": 1, "keep": 4}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkvpeft.atomic import NotWrittenError
+from rwkvpeft.checkpoints.adapter import check_finite
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.checkpoints import Checkpoints
 from rwkvpeft.training.module import RunProgress, RwkvModule
@@ -21,6 +22,7 @@ from rwkvpeft.training.resume import (
     ResumePoint,
     Standing,
     capture,
+    parameters_in,
     replace_points,
     restored_scaler,
     save_point,
@@ -160,6 +162,8 @@ class Saving(pl.Callback):
                 scaler = trainer.precision_plugin.state_dict()
                 apart = self._writer.background
                 tensors = capture(module.model, moments, scaler, constants, apart=apart)
+                # it would take the place of a point that can be gone on from
+                check_finite(parameters_in(tensors), "the training diverged and is not saved")
                 progress = replace(module.progress)
                 self._writer.add(lambda: self._write_point(tensors, progress, last))
         trainer.strategy.barrier("resume point")
