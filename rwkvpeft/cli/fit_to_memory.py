@@ -1,4 +1,5 @@
-"""``--micro_bsz auto``: batches in the largest parts that fit, decided before the data's order is laid out."""
+"""``--micro_bsz auto``: batches in the largest parts that fit, decided before the data's order is laid out; and what to
+do when memory did not suffice after all."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from typing import NamedTuple
 
 from rwkvpeft.cli.assemble import Base, likely_programs, make_adapter
 from rwkvpeft.cli.prepare import Opened
+from rwkvpeft.cli.scratch import planned_shape
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.splitting_batches import other_noise, split_batches
-from rwkvpeft.memory import Expected, choose_parts, devices_of, expect, free_memory, memory_of_each
-from rwkvpeft.training.devices import local_device
+from rwkvpeft.memory import Expected, cheapest_ways, choose_parts, devices_of, expect, free_memory, memory_of_each
+from rwkvpeft.training.devices import find_device, local_device
 
 
 class Fitted(NamedTuple):
@@ -19,6 +21,17 @@ class Fitted(NamedTuple):
     config: TrainConfig
     opened: Opened
     remarks: list[str]
+
+
+def ways_to_save(config: TrainConfig) -> list[str]:
+    """The three cheapest ways out for a run that has failed for want of memory, each with the bytes it saves."""
+
+    def need_of(settings: TrainConfig) -> int:
+        shape, packed = planned_shape(settings)
+        programs = likely_programs(shape, settings, find_device(settings.runtime))
+        return expect(shape, settings, partial(make_adapter, settings.method), packed, programs).total
+
+    return cheapest_ways(config, need_of)
 
 
 def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:

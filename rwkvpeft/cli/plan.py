@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,9 @@ def _lines(shape: ModelShape, packed: Quantisation, config: TrainConfig, target:
     def need_of(asked: TrainConfig) -> Expected:
         return expect(shape, asked, adapter, packed, programs)
 
+    def need_with(asked: TrainConfig) -> int:
+        return expect(shape, asked, partial(make_adapter, asked.method), packed, programs).total
+
     parts = choose_parts(config, need_of, free=free, device_type=kind)
     whole, config = config, split_batches(config, parts.parts)
     levels = expect_levels(shape, config, adapter, packed, programs)
@@ -163,7 +166,7 @@ def _lines(shape: ModelShape, packed: Quantisation, config: TrainConfig, target:
         f"memory on {_each_device(config)}, {config.runtime.precision}, at the worst moment of a step:",
         *(f"  {term:26}{_gb(getattr(need, name)):>9}" for name, term in _TERMS.items()
           if name != "strategy" or need.strategy),
-        *_verdict(need, least.total, config, target),
+        *_verdict(need, least.total, config, target, need_with),
         "in all with --grad_cp " + ", ".join(f"{name} {_gb(level.total)}" for name, level in levels.items()),
     ]
 
@@ -181,8 +184,10 @@ def _method(config: TrainConfig) -> str:
     return "every weight" if config.method.peft == "none" else config.method.peft
 
 
-def _verdict(need: Expected, least: int, config: TrainConfig, target: Target) -> list[str]:
-    from rwkvpeft.memory import OVERHEAD_BYTES, ways_out
+def _verdict(
+    need: Expected, least: int, config: TrainConfig, target: Target, need_of: Callable[[TrainConfig], int]
+) -> list[str]:
+    from rwkvpeft.memory import OVERHEAD_BYTES, cheapest_ways
 
     expected, available = need.total, target.available
     overhead = OVERHEAD_BYTES.get(target.device_type, 0)
@@ -196,7 +201,7 @@ def _verdict(need: Expected, least: int, config: TrainConfig, target: Target) ->
     there = f"of {_gb(available)} there"
     if expected + overhead <= available:
         return [*lines, f"it fits: {_gb(available - expected - overhead)} {there} are left"]
-    ways = ", or ".join(ways_out(config)) or "a smaller model"
+    ways = ", or ".join(cheapest_ways(config, need_of)) or "a smaller model"
     certain = "cannot fit" if least > available else "is not expected to fit"
     return [*lines, f"it {certain}: {_gb(expected + overhead - available)} {there} are missing; try {ways}"]
 

@@ -2,7 +2,7 @@
 
 from rwkvpeft.memory.dry_run import bytes_kept
 from rwkvpeft.memory.expected import Expected, expect
-from rwkvpeft.memory.least import Least, check_memory, least_need, refuse_if_too_large, ways_out
+from rwkvpeft.memory.least import Least, check_memory, least_need, refuse_if_too_large
 from rwkvpeft.memory.levels import LevelChoice, choose_level, expect_levels, fits, with_level
 from rwkvpeft.memory.machine import OVERHEAD_BYTES, free_memory, memory_of_each, total_memory
 from rwkvpeft.memory.outline import (
@@ -17,6 +17,7 @@ from rwkvpeft.memory.outline import (
 )
 from rwkvpeft.memory.parts import PartsChoice, choose_parts
 from rwkvpeft.memory.sharing import devices_of, shares_of
+from rwkvpeft.memory.ways import cheapest_ways, ways_out
 from rwkvpeft.memory.work import Speed, Work, measured_speed, work_of_step
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Speed",
     "Work",
     "bytes_kept",
+    "cheapest_ways",
     "check_memory",
     "choose_level",
     "choose_parts",

@@ -5,6 +5,7 @@ Everything counted is certainly there at one moment; temporaries, caches and the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,13 @@ from rwkvpeft.memory.dry_run import Moment
 from rwkvpeft.memory.machine import memory_of_each
 from rwkvpeft.memory.outline import DTYPES, UNPACKED, MakeAdapter, NoOutline, counts_of
 from rwkvpeft.memory.sharing import STEP, gradients_at, held
+from rwkvpeft.memory.ways import NeedOf, cheapest_ways
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.registry import OPTIMIZERS, find
 
 _LOGIT_ROWS = 256
 # (B, T, C) tensors a block keeps for its backward pass, however well its parts are written, by --grad_cp
 _KEPT_PER_BLOCK = {"0": 12, "selective": 8, "1": 1, "auto": 1}
-_SHORT_CONTEXT = 512
-_SHORT_CHUNK = 256
 
 
 class Least(NamedTuple):
@@ -97,51 +97,36 @@ def check_memory(
     except NoOutline:
         # the run itself will show
         return
-    refuse_if_too_large(need, memory_of_each(device_type, config.runtime), config)
+    def need_of(settings: TrainConfig) -> int | None:
+        # the adapter of another method is not at hand
+        same = settings.method.peft == config.method.peft
+        return least_need(shape, settings, make_adapter, packed).total if same else None
+
+    # counted as if whole blocks were computed twice already
+    level = "1" if config.runtime.grad_cp == "auto" else config.runtime.grad_cp
+    config = replace(config, runtime=replace(config.runtime, grad_cp=level))
+    refuse_if_too_large(need, memory_of_each(device_type, config.runtime), config, need_of)
 
 
-def refuse_if_too_large(need: Least, available: int | None, config: TrainConfig) -> None:
-    """Raises: UserError if ``need`` is more than ``available`` bytes."""
+def refuse_if_too_large(
+    need: Least, available: int | None, config: TrainConfig, need_of: NeedOf | None = None
+) -> None:
+    """Raises: UserError if ``need`` is more than ``available`` bytes, with up to three ways out, the cheapest first.
+
+    Args:
+        need_of: the least of a run with other settings, to say what each way saves.
+    """
     if available is None or need.total <= available:
         return
+    weights_first = need.total - need.activations - need.logits > need.activations
+    ways = cheapest_ways(config, need_of, weights_first=weights_first)
     raise UserError(
         "this run cannot fit into memory",
         found=f"{_gb(available)} GB there",
         expected=f"at least {_gb(need.total)} GB: weights {_gb(need.weights)}, optimizer {_gb(need.optimizer)}, "
         f"and gradients {_gb(need.gradients)} or activations {_gb(need.activations)} and logits {_gb(need.logits)}",
-        fix=", or ".join(ways_out(config, need)[:3]) or "a smaller model",
+        fix=", or ".join(ways) or "a smaller model",
     )
-
-
-def ways_out(config: TrainConfig, need: Least | None = None) -> list[str]:
-    """Flags that make a run smaller, the cheapest first; those that go to the root of ``need``, if it is known."""
-    schedule, runtime, method = config.schedule, config.runtime, config.method
-    ways = []
-    if schedule.micro_bsz > 1:
-        batches = schedule.micro_bsz * schedule.accumulate_grad_batches
-        ways.append(f"--micro_bsz 1 --accumulate_grad_batches {batches}")
-    # where auto was to choose, a run that failed all the same may have been taken for smaller than it is
-    if runtime.grad_cp in ("0", "selective") or (runtime.grad_cp == "auto" and need is None):
-        ways.append("--grad_cp 1")
-    if runtime.precision in ("fp32", "tf32", "fp64") and method.peft != "none":
-        ways.append("--precision bf16")
-    ways += _shorter(config)
-    weights_first = need is not None and need.total - need.activations - need.logits > need.activations
-    if method.peft == "none":
-        ways.insert(0 if weights_first else len(ways), "--peft lora")
-    elif method.quant == "none":
-        ways.insert(0 if weights_first else len(ways), "--quant nf4")
-    return ways
-
-
-def _shorter(config: TrainConfig) -> list[str]:
-    long, length = config.long_context, config.data.ctx_len or 0
-    if long.infctx and length > long.chunk_ctx > _SHORT_CHUNK:
-        return [f"--chunk_ctx {_SHORT_CHUNK}"]
-    if length <= _SHORT_CONTEXT:
-        return []
-    chunks = config.data.dataload == "pack" or config.runtime.cuda_graph or config.model.head_qk or long.infctx
-    return [*([] if chunks else ["--infctx --infctx_grad exact"]), f"--ctx_len {_SHORT_CONTEXT}"]
 
 
 def _gb(count: int) -> str:
