@@ -8,11 +8,12 @@ directions computed from the base, parts set aside), which other programs pass o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,30 @@ def read_folder(folder: Path | str) -> tuple[dict[str, Tensor], Recipe]:
     config = _read_json(folder / CONFIG)
     tensors = _load(folder)
     check_finite(tensors, f"{folder} cannot be used")
-    method, settings, ours = from_foreign(config, tensors)
+    with _of_their_types(folder / CONFIG):
+        method, settings, ours = from_foreign(config, tensors)
     extras = _read_safetensors(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else {}
     beside = _recipe_beside(folder)
     # a program that changed the adapter leaves the recipe behind: then it is no longer true
     if beside is not None and beside.method == method:
-        expected = to_foreign(method, beside.config, ours).config
+        with _of_their_types(folder / _RECIPE):
+            expected = to_foreign(method, beside.config, ours).config
         if _computing(expected) == _computing(config):
             return {**ours, **extras}, beside
     if extras:
         raise UserError(f"{_EXTRAS} belongs to an adapter that has been changed since", found=folder / _EXTRAS,
                         fix=f"delete {_EXTRAS} and {_RECIPE} to take what peft reads, without it")
     return ours, Recipe(method=method, config=settings, base_model=_base_name(config))
+
+
+@contextlib.contextmanager
+def _of_their_types(path: Path) -> Iterator[None]:
+    """Turn what a value of another type, or none, leads to in this block into a UserError that names ``path``."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as reason:
+        raise UserError(f"{path} cannot be used: a value in it is missing or of another type", found=repr(reason)[:200],
+                        fix="copy it again") from reason
 
 
 def _computing(config: Mapping[str, Any]) -> dict[str, Any]:

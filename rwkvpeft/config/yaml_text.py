@@ -23,8 +23,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, list[int]]:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, []

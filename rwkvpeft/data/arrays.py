@@ -7,6 +7,7 @@ Source: RWKV-LM, ``RWKV-v4neo/src/dataset.py``, which reads ``uint16`` in rows o
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -76,9 +77,12 @@ def open_numpy(config: DataConfig) -> ArraySource:
             if len(arrays.files) != 1:
                 raise UserError(f"{path} holds several arrays", found=arrays.files, expected="one, the tokens")
             _require_sober(arrays.zip, path)
-            return ArraySource(config, arrays[arrays.files[0]], open_numpy)
+            array = arrays[arrays.files[0]]
+            if not isinstance(array, np.ndarray):
+                raise ValueError("what it holds is no array")
+            return ArraySource(config, array, open_numpy)
     except (ValueError, TypeError, OverflowError, KeyError, MemoryError, NotImplementedError, RuntimeError, OSError,
-            EOFError, SyntaxError, zlib.error, zipfile.BadZipFile) as reason:
+            EOFError, SyntaxError, tokenize.TokenError, zlib.error, zipfile.BadZipFile) as reason:
         found = (str(reason).splitlines() or [type(reason).__name__])[0]
         raise UserError(f"{path} is not an array of numpy", found=found,
                         expected="what numpy.save or numpy.savez wrote, without Python objects") from reason
