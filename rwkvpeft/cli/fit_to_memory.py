@@ -6,12 +6,25 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+from rwkvpeft.checkpoints.quantised import Quantisation
 from rwkvpeft.cli.assemble import Base, likely_programs, make_adapter
 from rwkvpeft.cli.prepare import Opened
 from rwkvpeft.cli.scratch import planned_shape
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.splitting_batches import other_noise, split_batches
-from rwkvpeft.memory import Expected, cheapest_ways, choose_parts, devices_of, expect, free_memory, memory_of_each
+from rwkvpeft.errors import UserError
+from rwkvpeft.memory import (
+    PLAIN_PROGRAMS,
+    Expected,
+    NoOutline,
+    cheapest_ways,
+    choose_parts,
+    devices_of,
+    expect,
+    free_memory,
+    memory_of_each,
+)
+from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.training.devices import find_device, local_device
 
 
@@ -28,8 +41,7 @@ def ways_to_save(config: TrainConfig) -> list[str]:
 
     def need_of(settings: TrainConfig) -> int:
         shape, packed = planned_shape(settings)
-        programs = likely_programs(shape, settings, find_device(settings.runtime))
-        return expect(shape, settings, partial(make_adapter, settings.method), packed, programs).total
+        return _expected(shape, packed, settings, find_device(settings.runtime)).total
 
     return cheapest_ways(config, need_of)
 
@@ -46,8 +58,7 @@ def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
     device = local_device(config.runtime)
 
     def need_of(settings: TrainConfig) -> Expected:
-        programs = likely_programs(base.shape, settings, device.type)
-        return expect(base.shape, settings, partial(make_adapter, config.method), base.packed, programs)
+        return _expected(base.shape, base.packed, settings, device.type)
 
     alone = devices_of(config.runtime) == 1
     free = free_memory(device) if alone else memory_of_each(device.type, config.runtime)
@@ -64,3 +75,16 @@ def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
         opened._replace(longest=split_batches(opened.longest, choice.parts)),
         remarks,
     )
+
+
+def _expected(shape: ModelShape, packed: Quantisation, settings: TrainConfig, device_type: str) -> Expected:
+    adapter = partial(make_adapter, settings.method)
+    # a package's program may fail in any way without data: the plain one needs more
+    for programs in (likely_programs(shape, settings, device_type), PLAIN_PROGRAMS):
+        try:
+            return expect(shape, settings, adapter, packed, programs)
+        except UserError:
+            raise
+        except Exception:  # noqa: BLE001
+            continue
+    raise NoOutline("what this run needs cannot be told without running it")

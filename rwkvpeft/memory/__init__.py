@@ -6,6 +6,7 @@ from rwkvpeft.memory.least import Least, check_memory, least_need, refuse_if_too
 from rwkvpeft.memory.levels import LevelChoice, choose_level, expect_levels, fits, with_level
 from rwkvpeft.memory.machine import OVERHEAD_BYTES, free_memory, memory_of_each, total_memory
 from rwkvpeft.memory.outline import (
+    PLAIN_PROGRAMS,
     Counts,
     MakeAdapter,
     NoOutline,
@@ -22,6 +23,7 @@ from rwkvpeft.memory.work import Speed, Work, measured_speed, work_of_step
 
 __all__ = [
     "OVERHEAD_BYTES",
+    "PLAIN_PROGRAMS",
     "Counts",
     "Expected",
     "Least",

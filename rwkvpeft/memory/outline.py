@@ -63,15 +63,15 @@ class Counts(NamedTuple):
 
     ``frozen_bytes`` of what is frozen; ``trained``, how many (fp32) numbers are trained; ``layers``, how many blocks
     have gradients: all from the first that trains something. ``packed_bytes``: the part of ``frozen_bytes`` that is in
-    quantised weights; ``gathered_bytes``: parameters of the largest block, or of embedding or head where those are
-    larger.
+    quantised weights; ``block_bytes``: parameters of the largest block; ``ends_bytes``: those that are in no block.
     """
 
     frozen_bytes: int
     trained: int
     layers: int
     packed_bytes: int = 0
-    gathered_bytes: int = 0
+    block_bytes: int = 0
+    ends_bytes: int = 0
 
 
 def count_parameters(shape: ModelShape) -> int:
@@ -140,13 +140,14 @@ def count(model: Rwkv) -> Counts:
     layers = [int(found[1]) for name in trained if (found := re.match(r"blocks\.(\d+)\.", name))]
     first = 0 if "emb.weight" in trained else min(layers, default=model.shape.n_layer)
     packed = sum(buffer.nbytes for buffer in model.buffers())
-    units = [*model.blocks, *(child for child in model.children() if child is not model.blocks)]
+    blocks = [sum(map(_bytes, block.parameters())) for block in model.blocks]
     return Counts(
         frozen_bytes=packed + sum(parameter.nbytes for parameter in frozen),
         trained=sum(parameter.numel() for parameter in trained.values()),
         layers=model.shape.n_layer - first,
         packed_bytes=packed,
-        gathered_bytes=max(sum(_bytes(parameter) for parameter in unit.parameters()) for unit in units),
+        block_bytes=max(blocks),
+        ends_bytes=sum(map(_bytes, model.parameters())) - sum(blocks),
     )
 
 

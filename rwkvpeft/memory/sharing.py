@@ -13,7 +13,7 @@ from rwkvpeft.memory.dry_run import Moment
 from rwkvpeft.memory.outline import Counts
 
 _FP32 = 4
-# weights gathered whole at once: those at work, and the next ones, which are fetched meanwhile
+# blocks whose weights are whole at once: the one at work, and the next one, which is fetched meanwhile
 _GATHERED = 2
 
 
@@ -123,7 +123,7 @@ def beside(phase: str, counts: Counts, runtime: RuntimeConfig) -> int:
         taken += share if phase == STEP and not shares.offload else 0
         taken += bucket if shares.weights or phase not in (STEP, "forward") else 0
     if shares.weights and phase != STEP:
-        taken += _GATHERED * counts.gathered_bytes
+        taken += _GATHERED * counts.block_bytes + counts.ends_bytes
     return taken
 
 
