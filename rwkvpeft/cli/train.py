@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
+from rwkvpeft.cli.out_of_memory import Attempts
 from rwkvpeft.cli.together import Alone, find_launch, join_others, leaves_it_to_the_first
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.config.resolve import Machine, resolve
 from rwkvpeft.config.settings_file import write_settings
-from rwkvpeft.errors import UserError
 from rwkvpeft.registry import ADAPTER_SETTINGS, find
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from rwkvpeft.cli.scratch import Beginning
     from rwkvpeft.config.launcher import Launch
     from rwkvpeft.training.peers import Peers
-
-_NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,15 +68,19 @@ def _check_data(given: dict[str, Any]) -> int:
 
 
 def _run_within_memory(peers: Peers | Alone, config: TrainConfig, remarks: list[str], argv: list[str]) -> int:
-    try:
-        return _run(peers, config, remarks, argv)
-    except (RuntimeError, MemoryError) as reason:
-        if not isinstance(reason, MemoryError) and not any(words in str(reason).lower() for words in _NO_MEMORY):
-            raise
-        raise _out_of_memory(config, reason) from reason
+    attempts = Attempts(config, _say)
+    attempts.run(lambda settings: _run(peers, config, settings, attempts, remarks, argv))
+    return 0
 
 
-def _run(peers: Peers | Alone, asked: TrainConfig, remarks: list[str], argv: list[str]) -> int:
+def _run(
+    peers: Peers | Alone,
+    asked: TrainConfig,
+    settings: TrainConfig,
+    attempts: Attempts,
+    remarks: list[str],
+    argv: list[str],
+) -> None:
     # the libraries take seconds to import: mistakes found so far have been told without them
     from rwkvpeft.cli.fit_to_memory import fit_to_memory
     from rwkvpeft.cli.prepare import open_run, prepare
@@ -86,23 +88,23 @@ def _run(peers: Peers | Alone, asked: TrainConfig, remarks: list[str], argv: lis
     from rwkvpeft.data.preview import preview
     from rwkvpeft.data.text import data_tokenizer
 
-    beginning = find_beginning(asked, _say, first_process=_is_first_process())
+    beginning = find_beginning(settings, _say, first_process=_is_first_process())
     config = beginning.config
     if beginning.new is not None and config.schedule.train_stage == 1:
         for line in remarks:
             _say(line)
         beginning.new.write(config, _say)
         _say("go on with --train_stage 2 or 3")
-        return 0
+        return
     opened = open_run(config, beginning.base)
     if config.data.preview:
         print(preview(opened.rows, config.data.preview, data_tokenizer(config.data), color=sys.stdout.isatty()))
-        return 0
+        return
     config, opened, more = fit_to_memory(config, beginning.base, opened)
+    attempts.tried(config.schedule.micro_bsz)
     beginning = beginning._replace(config=config)
     prepared = prepare(config, beginning, opened)
     _fit(peers, asked, beginning, opened, prepared, [*remarks, *more], argv)
-    return 0
 
 
 def _fit(
@@ -116,7 +118,7 @@ def _fit(
 ) -> None:
     """Build the model, train it, and report. ``asked`` is written down: what it comes to, the next run finds again."""
     from rwkvpeft.cli import assemble, report
-    from rwkvpeft.cli.run_report import write_report
+    from rwkvpeft.cli.run_report import report_line
     from rwkvpeft.data.text import keep_vocabulary
     from rwkvpeft.memory import with_level
     from rwkvpeft.training.fit import fit
@@ -144,7 +146,7 @@ def _fit(
                  loss_rows=chosen.rows.program, watched=watched, begun=begun, also=peers.callbacks())
     ending = report.end_lines(config, base, result)
     if config.evaluation.report and _is_first_process():
-        ending.append(f"report    {write_report(config, result, beginning=lines, ending=ending)}")
+        ending.append(report_line(config, result, beginning=lines, ending=ending))
     for line in ending:
         _say(line)
 
@@ -199,14 +201,3 @@ def _is_first_process() -> bool:
 def _say(line: str) -> None:
     if _is_first_process():
         print(line)
-
-
-def _out_of_memory(config: TrainConfig, reason: BaseException) -> UserError:
-    from rwkvpeft.memory import ways_out
-
-    lines = str(reason).strip().splitlines()
-    return UserError(
-        "there is not enough memory for this run",
-        found=lines[0] if lines else type(reason).__name__,
-        fix=ways_out(config) or "a smaller model or a larger machine",
-    )

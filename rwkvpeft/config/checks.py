@@ -19,7 +19,7 @@ from rwkvpeft.config.findings import Findings, nearest
 from rwkvpeft.config.groups import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from rwkvpeft.config.layer_profile import read_layer_profile
 from rwkvpeft.config.methods import check_method, members
-from rwkvpeft.config.splitting_batches import check_splitting
+from rwkvpeft.config.splitting_batches import check_halving, check_splitting
 from rwkvpeft.errors import UserError
 
 _AT_LEAST: dict[str, dict[str, float]] = {
@@ -36,7 +36,7 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     "optimizer": {"weight_decay": 0, "grad_clip": 0, "logit_penalty": 0},
     "runtime": {"devices": 1, "num_nodes": 1},
     "output": {"epoch_save": 0, "save_steps": 0},
-    "faults": {"peer_timeout": 5},
+    "faults": {"peer_timeout": 5, "skip_broken": 0, "spike": 0, "read_timeout": 0},
 }
 
 _FOUR_BIT = ("nf4", "fp4", "4bit")
@@ -66,6 +66,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     check_strategy(config, findings)
     check_rows(config.data, findings)
     check_splitting(config, findings)
+    check_halving(config, findings)
     check_chat(config.data, findings)
 
 

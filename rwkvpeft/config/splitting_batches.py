@@ -91,6 +91,23 @@ def spelled_out(raw: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
     return values
 
 
+def check_halving(config: TrainConfig, findings: Findings) -> None:
+    """Note what keeps a run from going on in smaller batches after it ran out of memory."""
+    if config.faults.on_oom != "halve":
+        return
+    devices = config.runtime.devices * config.runtime.num_nodes
+    findings.check(
+        devices == 1,
+        "--on_oom halve is for one device: several would have to agree after one of them has failed",
+        found=f"{devices} devices",
+        fix="--on_oom stop, and --micro_bsz auto to begin with what is expected to fit",
+    )
+    reason = other_samples(config)
+    findings.check(
+        reason is None, "--on_oom halve would train other rows in each step", found=reason, fix="--on_oom stop"
+    )
+
+
 def check_splitting(config: TrainConfig, findings: Findings) -> None:
     """Note a number of parts that rows cannot be cut into, and settings under which other rows would be trained."""
     asked, rows = config.schedule.micro_split, config.schedule.micro_bsz
