@@ -43,6 +43,7 @@ from rwkvpeft.memory import (
 from rwkvpeft.models.recompute import LEVELS
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.objectives.build import build_objective
+from rwkvpeft.ops.sequences import Sequences
 from rwkvpeft.ops.wkv7.chunked import wkv7
 from rwkvpeft.registry import ADAPTERS, BACKENDS, BLOCK_OPS, MODELS, find
 
@@ -94,11 +95,14 @@ def real_model(shape, settings, weights=None):
     return model.train()
 
 
-def measured_step(model, settings):
+def measured_step(model, settings, documents=()):
     """Bytes alive beside the weights at the worst moment of a step, from the profiler's record of the allocator."""
     rows, tokens = settings.schedule.micro_bsz, settings.data.ctx_len
+    sequences = Sequences(rows * documents) if documents else None
+    if sequences is not None:
+        rows, tokens = 1, sequences.tokens
     ids = torch.randint(1, model.shape.vocab_size, (rows, tokens + 1))
-    batch = TokenBatch(ids[:, :-1], ids[:, 1:], torch.ones(rows, tokens), torch.tensor(float(rows * tokens)))
+    batch = TokenBatch(ids[:, :-1], ids[:, 1:], torch.ones(rows, tokens), torch.tensor(float(rows * tokens)), sequences)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         build_objective(settings, compact=True, rows="torch")(model, batch).total.backward()
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -144,6 +148,14 @@ def test_the_expected_peak_of_a_step_is_the_measured_one(peft, quant, precision,
     model = real_model(SMALL, settings)
     need = expected(SMALL, settings)
     assert need.gradients + need.activations == pytest.approx(measured_step(model, settings), rel=0.06)
+
+
+@pytest.mark.parametrize("documents", [(3,) * 60, (200, 5, 7, 100)])
+def test_the_expected_peak_of_packed_documents_is_the_measured_one(documents):
+    settings = config("lora", micro_bsz=2, ctx_len=256, precision="fp32")
+    need = expect(SMALL, settings, lambda part: adapter_of(settings), documents=documents)
+    measured = measured_step(real_model(SMALL, settings), settings, documents)
+    assert need.gradients + need.activations == pytest.approx(measured, rel=0.06)
 
 
 def in_chunks(settings, grad, chunk=64):

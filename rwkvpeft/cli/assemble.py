@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -229,19 +229,25 @@ def check_fits(base: Base, config: TrainConfig) -> None:
     check_memory(base.shape, config, partial(make_adapter, config.method), base.packed)
 
 
-def choose_recompute(base: Base, config: TrainConfig, chosen: Chosen) -> LevelChoice:
+def choose_recompute(
+    base: Base, config: TrainConfig, chosen: Chosen, documents: Sequence[int] = ()
+) -> LevelChoice:
     """What of the activations is computed twice; for ``--grad_cp auto`` by the memory that is free now.
 
+    Args:
+        documents: tokens of each document of the most crowded row, if rows are packed.
     Raises: UserError if the settings do not suit the sizes.
     """
     device = local_device(config.runtime)
     if config.runtime.grad_cp != "auto":
         return choose_level({}, config, free=None, device_type=device.type)
-    levels = _expect_levels(base, config, Programs(chosen.wkv.run, chosen.block.ops))
+    levels = _expect_levels(base, config, Programs(chosen.wkv.run, chosen.block.ops), documents)
     return choose_level(levels, config, free=free_memory(device), device_type=device.type)
 
 
-def _expect_levels(base: Base, config: TrainConfig, programs: Programs) -> dict[str, Expected]:
+def _expect_levels(
+    base: Base, config: TrainConfig, programs: Programs, documents: Sequence[int]
+) -> dict[str, Expected]:
     adapter = partial(make_adapter, config.method)
 
     def stand_in() -> Programs:
@@ -250,11 +256,11 @@ def _expect_levels(base: Base, config: TrainConfig, programs: Programs) -> dict[
     # a package's program may fail in any way without data: then our kernel stands for it; the plain one needs more
     for computing in (lambda: programs, stand_in):
         try:
-            return expect_levels(base.shape, config, adapter, base.packed, computing())
+            return expect_levels(base.shape, config, adapter, base.packed, computing(), documents)
         except Exception:  # noqa: BLE001
             continue
     try:
-        return expect_levels(base.shape, config, adapter, base.packed)
+        return expect_levels(base.shape, config, adapter, base.packed, documents=documents)
     except NoOutline:
         return {}
 

@@ -3,6 +3,7 @@ do when memory did not suffice after all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
     device = local_device(config.runtime)
 
     def need_of(settings: TrainConfig) -> Expected:
-        return _expected(base.shape, base.packed, settings, device.type)
+        return _expected(base.shape, base.packed, settings, device.type, opened.rows.crowded_row)
 
     alone = devices_of(config.runtime) == 1
     free = free_memory(device) if alone else memory_of_each(device.type, config.runtime)
@@ -77,12 +78,14 @@ def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
     )
 
 
-def _expected(shape: ModelShape, packed: Quantisation, settings: TrainConfig, device_type: str) -> Expected:
+def _expected(
+    shape: ModelShape, packed: Quantisation, settings: TrainConfig, device_type: str, documents: Sequence[int] = ()
+) -> Expected:
     adapter = partial(make_adapter, settings.method)
     # a package's program may fail in any way without data: the plain one needs more
     for programs in (likely_programs(shape, settings, device_type), PLAIN_PROGRAMS):
         try:
-            return expect(shape, settings, adapter, packed, programs)
+            return expect(shape, settings, adapter, packed, programs, documents)
         except UserError:
             raise
         except Exception:  # noqa: BLE001

@@ -23,6 +23,8 @@ Numbers = NDArray[np.int64]
 
 # packings that are kept: of the pass that is drawn, and of the next one, which a batch at its end begins
 _KEPT = 2
+# tokens that the operators in PyTorch work on at once
+_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,13 @@ class PackedRows(RowDataset):
         """See ``RowDataset``."""
         filled = np.add.reduceat(self.documents.lengths[self._all.documents], self._all.starts[:-1])
         return int(filled.max())
+
+    @property
+    def crowded_row(self) -> tuple[int, ...]:
+        """Documents fill whole chunks of an operator, so that many short ones take more than a long one."""
+        lengths = self.documents.lengths[self._all.documents].astype(np.int64)
+        filled = np.add.reduceat(-(-lengths // _CHUNK) * _CHUNK, self._all.starts[:-1])
+        return tuple(self.documents.lengths[self._all.row(int(filled.argmax()))].tolist())
 
     def row(self, index: int) -> Row:
         """Row ``index`` of those that hold all documents once, tightly."""

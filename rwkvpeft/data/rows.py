@@ -79,6 +79,12 @@ class RowDataset(ABC):
         """Tokens of the longest row."""
         return self.ctx_len
 
+    @property
+    def crowded_row(self) -> tuple[int, ...]:
+        """Tokens of each document of the packed row that takes most to work through; empty where rows are not packed.
+        """
+        return ()
+
     @abstractmethod
     def row(self, index: int) -> Row:
         """Row ``index`` of all in the file's order."""

@@ -7,7 +7,7 @@ checkpointing. What it allocates is counted when it is made and when it is let g
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.base import Objective
 from rwkvpeft.objectives.long_context import LongContext
 from rwkvpeft.ops.opaque import BODIES
+from rwkvpeft.ops.sequences import Sequences
 
 Most = Literal["of all", "beside gradients"]
 
@@ -37,13 +38,21 @@ class Moment(NamedTuple):
 
 
 def run_step(
-    model: Rwkv, objective: Objective, rows: int, tokens: int, *, accumulates: bool
+    model: Rwkv,
+    objective: Objective,
+    rows: int,
+    tokens: int,
+    *,
+    accumulates: bool,
+    documents: Sequence[int] = (),
 ) -> dict[tuple[str, Most], Moment]:
     """Run one step of an outline; it has gradients afterwards.
 
     Args:
         rows, tokens: of the micro-batch.
         accumulates: whether gradients of earlier micro-batches are there already.
+        documents: tokens of each document of a packed row, which all rows then are like, one behind another; ``tokens``
+            is not read.
     Returns: the worst moments of each phase: ``forward`` (with the loss), ``last block`` (until its backward pass is
         over) and ``backward`` (of all others); of all chunks, if the objective works in chunks. Of a phase that is
         where there is most of everything, and where there is most beside the gradients.
@@ -62,9 +71,11 @@ def run_step(
         model.emb.register_forward_pre_hook(lambda *_: tally.begin(gathered))
         model.ln_out.register_forward_hook(tally.watch_output)
         model.blocks[-1].register_forward_pre_hook(tally.watch_input)
-        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
-        weights = torch.empty(rows, tokens, device="meta")
-        batch = TokenBatch(ids, ids, weights, weights.sum())
+        sequences = Sequences(rows * tuple(documents)) if documents else None
+        size = (rows, tokens) if sequences is None else (1, sequences.tokens)
+        ids = torch.empty(size, dtype=torch.int64, device="meta")
+        weights = torch.empty(size, device="meta")
+        batch = TokenBatch(ids, ids, weights, weights.sum(), sequences)
         objective(model, batch, batch.step_weight).total.backward()
     return tally.worst
 

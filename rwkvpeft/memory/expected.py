@@ -6,6 +6,7 @@ look into are counted by what they take and give.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ def expect(
     make_adapter: MakeAdapter,
     packed: Quantisation = UNPACKED,
     programs: Programs = PLAIN_PROGRAMS,
+    documents: Sequence[int] = (),
 ) -> Expected:
     """What a run with these settings will need. Rows are taken to be ``ctx_len`` long.
 
@@ -77,6 +79,7 @@ def expect(
     Args:
         packed: how the base's own file stores its large linears.
         programs: what the run computes with.
+        documents: tokens of each document of a packed row, which all rows are taken to be like.
     Raises: UserError if the settings do not suit the sizes; NoOutline.
     """
     counts = counts_of(shape, config, make_adapter, packed)
@@ -86,7 +89,8 @@ def expect(
         part = replace(shape, n_layer=layers)
         model = training_outline(part, config, make_adapter(part), packed, programs)
         more = bytes_of_states(part, config, beyond=_CHUNKS_RUN)
-        return {key: Moment(moment.bytes + more, moment.gradients) for key, moment in dry_step(model, config).items()}
+        found = dry_step(model, config, documents=documents)
+        return {key: Moment(moment.bytes + more, moment.gradients) for key, moment in found.items()}
 
     if not layers_are_alike(config) or shape.n_layer <= FEW + 1:
         moments = step(shape.n_layer)
@@ -120,11 +124,18 @@ def moment_bytes(optim: str) -> int:
     return kept
 
 
-def dry_step(model: Rwkv, config: TrainConfig, watching: AbstractContextManager[Any] | None = None) -> Moments:
+def dry_step(
+    model: Rwkv,
+    config: TrainConfig,
+    watching: AbstractContextManager[Any] | None = None,
+    *,
+    documents: Sequence[int] = (),
+) -> Moments:
     """The worst moments of a micro-batch of an outline, rows cut to ``tokens_of_step``.
 
     Args:
         watching: entered around the step, to see its operators.
+        documents: as of ``run_step``.
     Raises: NoOutline.
     """
     on_cpu = config.runtime.accelerator == "cpu"
@@ -133,7 +144,14 @@ def dry_step(model: Rwkv, config: TrainConfig, watching: AbstractContextManager[
     schedule = config.schedule
     accumulates = schedule.accumulate_grad_batches > 1
     with without_values(config), watching or nullcontext():
-        return run_step(model, objective, schedule.micro_bsz, tokens_of_step(config), accumulates=accumulates)
+        return run_step(
+            model,
+            objective,
+            schedule.micro_bsz,
+            tokens_of_step(config),
+            accumulates=accumulates,
+            documents=documents,
+        )
 
 
 def tokens_of_step(config: TrainConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,10 +39,12 @@ def expect_levels(
     make_adapter: MakeAdapter,
     packed: Quantisation = UNPACKED,
     programs: Programs = PLAIN_PROGRAMS,
+    documents: Sequence[int] = (),
 ) -> dict[str, Expected]:
     """What a run will need at each level, by the value of ``--grad_cp``, the fastest first. See ``expect``."""
     return {
-        grad_cp: expect(shape, with_level(config, grad_cp), make_adapter, packed, programs) for grad_cp in LEVELS
+        grad_cp: expect(shape, with_level(config, grad_cp), make_adapter, packed, programs, documents)
+        for grad_cp in LEVELS
     }
 
 

@@ -157,3 +157,11 @@ def test_a_preview_shows_each_document_of_a_row_on_its_own(tmp_path):
     config = DataConfig(data_file=str(tmp_path / "data"), tokenizer="bytes", dataload="pack", data_shuffle=0)
     text = preview(open_rows(config), 1)
     assert "a⟦b<end>⟧\nc⟦d<end>⟧" in text
+
+
+def test_the_most_crowded_row_is_the_one_with_most_documents_where_they_are_short(config):
+    packed = open_rows(config)
+    most = max(len(packed.row(index).lengths) for index in range(len(packed)))
+    assert len(packed.crowded_row) == most
+    assert sum(packed.crowded_row) <= CTX_LEN
+    assert open_rows(replace(config, dataload="pad")).crowded_row == ()
