@@ -96,7 +96,7 @@ class Checkpoints:
         self, path: Path, tensors: dict[str, Tensor], recipe: Recipe, device: str, last: bool
     ) -> None:
         try:
-            self._write(path, tensors, recipe, device)
+            self._write_with_room(path, tensors, recipe, device)
         except NotWrittenError as reason:
             if last:
                 self.owed[path.name] = reason
@@ -106,9 +106,19 @@ class Checkpoints:
         if _NUMBERED.fullmatch(path.name):
             self._report(f"saved {path}")
             self.written = [*(name for name in self.written if name != path.name), path.name]
-            self._remove_older()
+            self._keep_newest(self._keep)
         elif last:
             self._report(f"saved {path}")
+
+    def _write_with_room(self, path: Path, tensors: dict[str, Tensor], recipe: Recipe, device: str) -> None:
+        """A disk that has no room for one more than are kept loses the oldest first, if another one stays."""
+        try:
+            self._write(path, tensors, recipe, device)
+        except NotWrittenError:
+            if self._keep < 2 or len(self.written) < self._keep or path.name in self.written:
+                raise
+            self._keep_newest(self._keep - 1)
+            self._write(path, tensors, recipe, device)
 
     def _write(self, path: Path, tensors: dict[str, Tensor], recipe: Recipe, device: str) -> None:
         if self._adapter is None:
@@ -128,8 +138,8 @@ class Checkpoints:
                 # the adapter is saved: a base that is gone or was changed ends no run
                 raise NotWrittenError(f"cannot merge {beside}", found=f"{reason.what}; {reason.found}") from reason
 
-    def _remove_older(self) -> None:
-        while self._keep and len(self.written) > self._keep:
+    def _keep_newest(self, number: int) -> None:
+        while number and len(self.written) > number:
             path = self._folder / self.written.pop(0)
             # the recipe last: tensors must not stand there without it
             for part in (path, _beside(path), recipe_path(path)):

@@ -267,6 +267,18 @@ def test_a_disk_with_room_for_two_points_takes_the_third_in_place_of_the_first(t
         assert same(place / "rwkv-0.pth", disk / "rwkv-0.pth")
 
 
+def test_a_disk_with_room_for_two_checkpoints_takes_the_third_in_place_of_the_first(train, tmp_path):
+    values = {**EVERY, **LORA, "epoch_count": 4, "merge": 1, "keep": 2}
+    train(folder="straight", **values)
+    place = tmp_path / "straight"
+    # the last two checkpoints, and everything else, are there at the end; a third one does not fit
+    with small_disk(tmp_path / "run", kilobytes(place) + kilobytes(place / "resume") // 2) as disk:
+        _, _, lines = train(**values)
+        assert names(disk) == names(place)
+        assert same(place / "rwkv-3.pth", disk / "rwkv-3.pth")
+        assert sum(line.startswith("saved") for line in lines) == 4
+
+
 def test_on_a_disk_that_turns_read_only_a_run_goes_on_and_can_be_taken_up_from_before(train, tmp_path, monkeypatch):
     values = {"epoch_steps": 6, "epoch_count": 1, "save_steps": 1}
     train(folder="straight", **values)
