@@ -35,7 +35,9 @@ _TERMS = {
     "gradients": "gradients",
     "activations": "activations, temporaries",
     "strategy": "copies, buckets, gathered",
+    "saving": "gathered to be written",
 }
+_NOT_ALWAYS = ("strategy", "saving")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _lines(shape: ModelShape, packed: Quantisation, config: TrainConfig, target:
         f"computed twice: {recompute.report}",
         f"memory on {_each_device(config)}, {config.runtime.precision}, at the worst moment of a step:",
         *(f"  {term:26}{_gb(getattr(need, name)):>9}" for name, term in _TERMS.items()
-          if name != "strategy" or need.strategy),
+          if name not in _NOT_ALWAYS or getattr(need, name)),
         *_verdict(need, least.total, config, target, need_with),
         "in all with --grad_cp " + ", ".join(f"{name} {_gb(level.total)}" for name, level in levels.items()),
     ]
@@ -196,6 +198,8 @@ def _verdict(
     if need.main_memory:
         here = config.runtime.devices
         lines.append(f"  {'main memory':26}{_gb(need.main_memory * here):>9} on each machine, for its {here} devices")
+    if need.main_saving:
+        lines.append(f"  {'main memory, saving':26}{_gb(need.main_saving):>9} more on the first machine")
     if available is None:
         return [*lines, "this machine: how much memory it has cannot be told"]
     there = f"of {_gb(available)} there"

@@ -27,7 +27,7 @@ from rwkvpeft.memory.outline import (
     training_outline,
     without_values,
 )
-from rwkvpeft.memory.sharing import STEP, beside, gradients_at, held
+from rwkvpeft.memory.sharing import STEP, beside, gradients_at, held, saving
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.objectives.build import build_objective
@@ -46,7 +46,9 @@ class Expected(NamedTuple):
     its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass keeps for the
     backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``: what the strategy
     adds, its own copy of trained weights, buckets of gradients and weights that are gathered for a moment.
-    ``main_memory`` is not on the device: what each process of an offloading strategy keeps there.
+    ``saving``: on a CPU, what is put together to be written, if that is the worst moment.
+    Not on the device: ``main_memory``, what each process of an offloading strategy keeps there; ``main_saving``, what
+    the first process puts together there to write it.
     """
 
     frozen: int
@@ -55,12 +57,14 @@ class Expected(NamedTuple):
     gradients: int
     activations: int
     strategy: int = 0
+    saving: int = 0
     main_memory: int = 0
+    main_saving: int = 0
 
     @property
     def total(self) -> int:
         """All that is on the device."""
-        return sum(self) - self.main_memory
+        return sum(self) - self.main_memory - self.main_saving
 
 
 def expect(
@@ -99,7 +103,11 @@ def expect(
         moments = {key: Moment(*continued(few[key], more[key], shape.n_layer - FEW)) for key in more}
     # when the optimizer takes its step, all gradients are there and nothing else
     moments[STEP, "of all"] = Moment(4 * counts.trained, 4 * counts.trained)
-    resting = held(counts, moment_bytes(config.optimizer.optim), runtime)
+    moments_each = moment_bytes(config.optimizer.optim)
+    resting = held(counts, moments_each, runtime)
+    saved, on_cpu = saving(counts, moments_each, config), runtime.accelerator == "cpu"
+    # on a CPU nothing is gained by moving it to main memory
+    kept = resting.copies + (resting.main_memory if on_cpu else 0)
 
     def at(phase: str, moment: Moment) -> Expected:
         return Expected(
@@ -108,11 +116,17 @@ def expect(
             optimizer=resting.optimizer,
             gradients=gradients_at(moment, phase, counts, runtime),
             activations=moment.beside,
-            strategy=resting.copies + beside(phase, counts, runtime),
-            main_memory=resting.main_memory,
+            strategy=kept + beside(phase, counts, runtime),
+            # a step may be taken while another is being written
+            saving=saved if on_cpu and config.output.save_async else 0,
+            main_memory=0 if on_cpu else resting.main_memory,
+            main_saving=0 if on_cpu else saved,
         )
 
-    return max((at(phase, moment) for (phase, _), moment in moments.items()), key=lambda need: need.total)
+    needs = [at(phase, moment) for (phase, _), moment in moments.items()]
+    if on_cpu:
+        needs.append(Expected(resting.frozen, resting.trained, resting.optimizer, 0, 0, kept, saved))
+    return max(needs, key=lambda need: need.total)
 
 
 def moment_bytes(optim: str) -> int:

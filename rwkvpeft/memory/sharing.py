@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rwkvpeft.config.groups import RuntimeConfig
+from rwkvpeft.config.groups import RuntimeConfig, TrainConfig
 from rwkvpeft.memory.dry_run import Moment
 from rwkvpeft.memory.outline import Counts
 
@@ -125,6 +125,15 @@ def beside(phase: str, counts: Counts, runtime: RuntimeConfig) -> int:
     if shares.weights and phase != STEP:
         taken += _GATHERED * counts.block_bytes + counts.ends_bytes
     return taken
+
+
+def saving(counts: Counts, moment_bytes: int, config: TrainConfig) -> int:
+    """Bytes of main memory in which the first process puts together what it writes: trained weights and moments.
+
+    What lies whole in main memory is written from where it is, unless training goes on meanwhile.
+    """
+    in_place = config.runtime.accelerator == "cpu" and not shares_of(config.runtime).optimizer
+    return 0 if in_place and not config.output.save_async else (_FP32 + moment_bytes) * counts.trained
 
 
 STEP = "step"

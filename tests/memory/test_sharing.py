@@ -10,7 +10,7 @@ from rwkvpeft.config.parse import build_groups
 from rwkvpeft.memory import Expected, expect, least_need
 from rwkvpeft.memory.dry_run import Moment
 from rwkvpeft.memory.outline import Counts
-from rwkvpeft.memory.sharing import SHARES, STEP, beside, gradients_at, held
+from rwkvpeft.memory.sharing import SHARES, STEP, beside, gradients_at, held, saving
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import STRATEGIES
 
@@ -106,7 +106,21 @@ def test_machines_count_as_devices_do() -> None:
 
 
 def test_an_offloaded_optimizer_is_told_apart_from_the_device() -> None:
-    kept, away = (_expected(_config(f"deepspeed_stage_2{end}")) for end in ("", "_offload"))
+    kept, away = (_expected(_config(f"deepspeed_stage_2{end}", accelerator="gpu")) for end in ("", "_offload"))
     assert away.optimizer == 0
     assert away.main_memory > kept.optimizer
-    assert away.total == sum(away) - away.main_memory < kept.total
+    assert away.total == sum(away) - away.main_memory - away.main_saving < kept.total
+
+
+def test_what_several_processes_hold_is_put_together_to_be_written() -> None:
+    alone, split = _config("ddp", devices=4), _config("deepspeed_stage_1", devices=4)
+    assert saving(COUNTS, 8, alone) == 0
+    assert saving(COUNTS, 8, split) == 12 * 1000
+    later = _config("ddp", devices=4, save_async=True)
+    assert saving(COUNTS, 8, later) == 12 * 1000
+
+
+def test_a_gpu_is_not_charged_for_what_is_put_together_in_main_memory() -> None:
+    need = _expected(_config("ddp", accelerator="gpu"))
+    assert need.saving == 0
+    assert need.main_saving == 3 * need.trained
