@@ -5,8 +5,8 @@
 A small v7 model with random weights is trained for 6 optimizer steps of 8 rows each on a CPU: full, lora and state
 tuning, by one process and by two. Each run is compared with the same method by one process without a strategy, which
 takes 8 rows at once: the largest difference of a step's loss, and of a final weight. The micro-batches are 4 rows a
-process, accumulated where one process runs, so that 1 x 8, 1 x 4 x 2 and 2 x 4 are compared too. The command fails if a loss
-differs by more than 1e-5.
+process, accumulated where one process runs: 1 x 8, 1 x 4 x 2 and 2 x 4 are compared too. The command fails if
+a loss differs by more than 1e-5.
 """
 
 from __future__ import annotations

@@ -59,6 +59,11 @@ class Checkpoints:
         self.owed: dict[str, NotWrittenError] = {}
         """Files that the run should have ended with and could not write, with the reason."""
 
+    @property
+    def of_whole_models(self) -> bool:
+        """Whether a checkpoint holds what is not trained, too."""
+        return self._adapter is None
+
     def constants(self, model: nn.Module) -> dict[str, Tensor]:
         """What going on needs beside the trained tensors."""
         return {} if self._adapter is None else self._adapter.constants(model)

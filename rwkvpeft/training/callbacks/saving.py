@@ -134,7 +134,8 @@ class Saving(pl.Callback):
         record = module.finished
         assert record is not None
         here = trainer.is_global_zero
-        with averaged(trainer.optimizers[0]), module.sharing.whole(module.model, here=here):
+        whole = module.sharing.whole(module.model, here=here, frozen_too=self._checkpoints.of_whole_models)
+        with averaged(trainer.optimizers[0]), whole:
             if here:
                 self._checkpoints.save(
                     module.model, epoch=record.epoch, step=record.step, loss=mean_loss(module.progress), name=name,

@@ -137,7 +137,7 @@ class Watching(pl.Callback):
         self, trainer: pl.Trainer, module: RwkvModule, record: StepRecord, found: EvaluationRecord
     ) -> None:
         here = trainer.is_global_zero
-        with module.sharing.whole(module.model, here=here):
+        with module.sharing.whole(module.model, here=here, frozen_too=self._checkpoints.of_whole_models):
             if here:
                 self._checkpoints.save(
                     module.model, name="best", epoch=record.epoch, step=record.step, loss=record.loss,

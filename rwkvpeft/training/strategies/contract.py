@@ -83,11 +83,12 @@ class Sharing(ABC):
         return work()
 
     @contextmanager
-    def whole(self, model: nn.Module, *, here: bool) -> Generator[None, None, None]:
+    def whole(self, model: nn.Module, *, here: bool, frozen_too: bool = False) -> Generator[None, None, None]:
         """Inside the block the trained parameters of ``model`` are whole. Collective.
 
         Args:
             here: whether this process wants them; on others they may be anything.
+            frozen_too: all other parameters are wanted as well.
         """
         yield
 
@@ -132,6 +133,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), last
 
 
-def trained_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """What requires a gradient, by name."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+def trained_parameters(model: nn.Module, *, frozen_too: bool = False) -> Iterable[tuple[str, nn.Parameter]]:
+    """What requires a gradient, by name; ``frozen_too``: and what does not."""
+    named = model.named_parameters()
+    return ((name, parameter) for name, parameter in named if frozen_too or parameter.requires_grad)

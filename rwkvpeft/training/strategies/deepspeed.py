@@ -80,12 +80,12 @@ class DeepSpeed(Sharing):
         return trainer.strategy.validation_step(work) if self.splits_weights else work()
 
     @contextmanager
-    def whole(self, model: nn.Module, *, here: bool) -> Generator[None, None, None]:
+    def whole(self, model: nn.Module, *, here: bool, frozen_too: bool = False) -> Generator[None, None, None]:
         """One weight at a time is gathered, and kept in main memory where it is wanted."""
         if not self.splits_weights:
             yield
             return
-        with swapped(model, dict(_gathered(model, here=here))):
+        with swapped(model, dict(_gathered(model, here=here, frozen_too=frozen_too))):
             yield
 
     def moments(self, model: nn.Module, optimizer: Optimizer, *, here: bool) -> dict[str, Tensor]:
@@ -237,10 +237,10 @@ def _link_states(zero: Any) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
-def _gathered(model: nn.Module, *, here: bool) -> Iterator[tuple[str, Tensor]]:
+def _gathered(model: nn.Module, *, here: bool, frozen_too: bool) -> Iterator[tuple[str, Tensor]]:
     import deepspeed
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model, frozen_too=frozen_too):
         with deepspeed.zero.GatheredParameters([parameter]):
             if here:
                 yield name, parameter.detach().cpu().clone()

@@ -37,9 +37,9 @@ class Fsdp(Sharing):
         return _full(super().gradient_norm(trained, largest))
 
     @contextmanager
-    def whole(self, model: nn.Module, *, here: bool) -> Generator[None, None, None]:
+    def whole(self, model: nn.Module, *, here: bool, frozen_too: bool = False) -> Generator[None, None, None]:
         """One weight at a time is gathered, and kept in main memory where it is wanted."""
-        with swapped(model, dict(_gathered(model, here=here))):
+        with swapped(model, dict(_gathered(model, here=here, frozen_too=frozen_too))):
             yield
 
     def moments(self, model: nn.Module, optimizer: Optimizer, *, here: bool) -> dict[str, Tensor]:
@@ -96,8 +96,8 @@ def _full(tensor: Any) -> Tensor:
     return whole
 
 
-def _gathered(model: nn.Module, *, here: bool) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
+def _gathered(model: nn.Module, *, here: bool, frozen_too: bool) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in trained_parameters(model, frozen_too=frozen_too):
         full = _full(parameter.detach())
         if here:
             yield name, full.cpu()
