@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -37,7 +39,10 @@ class ProgressLines:
         self._close()
 
     def show(self, progress: Progress) -> None:
-        """Report a stage's progress; cheap enough to be called a thousand times a second."""
+        """Report a stage's progress; cheap enough to be called a thousand times a second. Of several processes that
+        train together only the first one does."""
+        if getattr(rank_zero_only, "rank", 0):
+            return
         if progress.stage != self._stage:
             self._close()
             if self._stage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+
 from rwkvpeft.data import progress as module
 from rwkvpeft.data.progress import Progress, ProgressLines
 
@@ -30,3 +32,10 @@ def test_a_bar_reaches_its_end(capsys):
         lines.show_slow(Progress("tokenise", 50, 100, 10))
         lines.show_slow(Progress("tokenise", 100, 100, 20))
     assert "100%" in capsys.readouterr().err
+
+
+def test_of_several_processes_only_the_first_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    with ProgressLines(is_terminal=False) as progress:
+        progress.show(Progress("tokenise", 5, 5, 10))
+    assert capsys.readouterr().err == ""
