@@ -205,7 +205,8 @@ def _verdict(
     there = f"of {_gb(available)} there"
     if expected + overhead <= available:
         return [*lines, f"it fits: {_gb(available - expected - overhead)} {there} are left"]
-    ways = ", or ".join(cheapest_ways(config, need_of)) or "a smaller model"
+    weights_first = expected - need.activations > available
+    ways = ", or ".join(cheapest_ways(config, need_of, weights_first=weights_first)) or "a smaller model"
     certain = "cannot fit" if least > available else "is not expected to fit"
     return [*lines, f"it {certain}: {_gb(expected + overhead - available)} {there} are missing; try {ways}"]
 

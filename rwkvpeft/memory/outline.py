@@ -63,7 +63,8 @@ class Counts(NamedTuple):
 
     ``frozen_bytes`` of what is frozen; ``trained``, how many (fp32) numbers are trained; ``layers``, how many blocks
     have gradients: all from the first that trains something. ``packed_bytes``: the part of ``frozen_bytes`` that is in
-    quantised weights; ``block_bytes``: parameters of the largest block; ``ends_bytes``: those that are in no block.
+    quantised weights; ``block_bytes``: parameters of the largest block; ``ends_bytes``: those that are in no block;
+    ``numbers``: how many there are in all parameters.
     """
 
     frozen_bytes: int
@@ -72,6 +73,7 @@ class Counts(NamedTuple):
     packed_bytes: int = 0
     block_bytes: int = 0
     ends_bytes: int = 0
+    numbers: int = 0
 
 
 def count_parameters(shape: ModelShape) -> int:
@@ -148,6 +150,7 @@ def count(model: Rwkv) -> Counts:
         packed_bytes=packed,
         block_bytes=max(blocks),
         ends_bytes=sum(map(_bytes, model.parameters())) - sum(blocks),
+        numbers=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 

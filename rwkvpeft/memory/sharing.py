@@ -15,6 +15,8 @@ from rwkvpeft.memory.outline import Counts
 _FP32 = 4
 # blocks whose weights are whole at once: the one at work, and the next one, which is fetched meanwhile
 _GATHERED = 2
+# what DeepSpeed's stage 3 leaves gathered, in numbers, unless told otherwise
+_LEFT_GATHERED = 10**9
 
 
 class Shares(NamedTuple):
@@ -117,14 +119,23 @@ def beside(phase: str, counts: Counts, runtime: RuntimeConfig) -> int:
     taken = 0
     if shares.buckets:
         bucket = _FP32 * min(runtime.ds_bucket_mb * 10**6, counts.trained)
-        # on a GPU one is filled while another travels
-        bucket *= 2 if runtime.accelerator != "cpu" and not shares.weights else 1
+        # on a GPU one is filled while another travels; stage 3 copies what it scatters
+        bucket *= 2 if runtime.accelerator != "cpu" or shares.weights else 1
         # the gradients of a step are made flat
         taken += share if phase == STEP and not shares.offload else 0
         taken += bucket if shares.weights or phase not in (STEP, "forward") else 0
     if shares.weights and phase != STEP:
-        taken += _GATHERED * counts.block_bytes + counts.ends_bytes
+        taken += _gathered(counts, shares)
     return taken
+
+
+def _gathered(counts: Counts, shares: Shares) -> int:
+    at_work = _GATHERED * counts.block_bytes + counts.ends_bytes
+    if not shares.buckets:
+        return at_work
+    everything = counts.frozen_bytes - counts.packed_bytes + _FP32 * counts.trained
+    left = everything * _LEFT_GATHERED // max(counts.numbers, _LEFT_GATHERED)
+    return min(everything, max(at_work, left))
 
 
 def saving(counts: Counts, moment_bytes: int, config: TrainConfig) -> int:

@@ -16,7 +16,8 @@ from rwkvpeft.registry import STRATEGIES
 
 SMALL = new_shape("x070", n_layer=3, n_embd=128, vocab_size=512)
 # 1,000 numbers trained, 600 bytes frozen, of which 200 are quantised weights; a block has 700 bytes, what is in none 50
-COUNTS = Counts(frozen_bytes=600, trained=1000, layers=3, packed_bytes=200, block_bytes=700, ends_bytes=50)
+COUNTS = Counts(frozen_bytes=600, trained=1000, layers=3, packed_bytes=200, block_bytes=700, ends_bytes=50,
+                numbers=1100)
 
 
 def _config(strategy: str, devices: int = 4, peft: str = "none", **values: object) -> TrainConfig:
@@ -75,6 +76,13 @@ def test_a_bucket_is_never_larger_than_what_is_trained() -> None:
     config = _config("deepspeed_stage_2", ds_bucket_mb=200)
     assert beside("backward", COUNTS, config.runtime) == 4000
     assert beside("forward", COUNTS, config.runtime) == 0
+
+
+def test_deepspeed_leaves_a_billion_numbers_gathered() -> None:
+    runtime = _config("deepspeed_stage_3", ds_bucket_mb=0).runtime
+    assert beside("forward", COUNTS, runtime) == 400 + 4000
+    large = COUNTS._replace(numbers=4 * 10**9, trained=4 * 10**9)
+    assert beside("forward", large, runtime) == pytest.approx(4e9, rel=1e-3)
 
 
 def test_split_weights_are_gathered_by_blocks() -> None:
