@@ -20,7 +20,7 @@ _LONGEST_COMMENT = 0xFFFF
 _IS_ENCRYPTED = 1
 _IN_EXTRA = 0xFFFFFFFF
 _ZIP64 = 1
-# a checkpoint of 50 thousand tensors has a directory of 5 MB
+# a checkpoint of 30 thousand tensors has a directory of 3 MB
 _LARGEST_DIRECTORY = 1 << 25
 
 

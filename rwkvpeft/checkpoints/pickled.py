@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# a file of 50 thousand tensors; as many instructions take two seconds
-_MOST_INSTRUCTIONS = 2_000_000
+# a file of 30 thousand tensors; as many instructions take a second
+_MOST_INSTRUCTIONS = 1_000_000
 _MOST_AXES = 64
 _STORAGES = {
     "DoubleStorage": torch.float64,

@@ -55,3 +55,8 @@ def test_a_closed_pipe_is_quiet(capsys):
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         guarded(fail_with(ZeroDivisionError()))
+
+
+def test_a_file_that_the_system_refuses_is_one_message_and_code_2(capsys, tmp_path):
+    assert guarded(lambda: (tmp_path / ("n" * 300)).stat()) == 2
+    assert "File name too long" in capsys.readouterr().err
