@@ -54,9 +54,9 @@ from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.ops.block.choose import choose_block_ops
 from rwkvpeft.ops.choose import choose_backend
 from rwkvpeft.ops.contract import Needs
+from rwkvpeft.training.devices import place_model
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.parameter_groups import parameter_groups
-from rwkvpeft.training.devices import place_model
 
 SIZES = {
     "tiny": (2, 128, 512),

@@ -30,10 +30,10 @@ from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_choose import choose_rows
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.registry import BLOCK_OPS, find
+from rwkvpeft.training.devices import COMPUTE_DTYPES, place_model
 from rwkvpeft.training.graphed_step import CudaGraphs, GraphedStep, why_not
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.parameter_groups import parameter_groups
-from rwkvpeft.training.devices import COMPUTE_DTYPES, place_model
 
 _SETTINGS = {"state": {}, "none": {}}
 

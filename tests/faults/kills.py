@@ -3,7 +3,7 @@
     python tests/faults/kills.py --kills 200
 
 Each strategy trains a tiny model by one process and by two, once undisturbed, and then killed (SIGKILL to all of its
-processes) and started again, over and over, until it is through. Half of the kills wait for a file that is being written.
+processes) and started again, over and over, until it is through. Half of the kills wait for a file being written.
 After each kill every checkpoint seen before must still be there and load, and no resume point may be lost; at the end
 all checkpoints must be those of the undisturbed run: bit for bit with one process, to round-off with several.
 
