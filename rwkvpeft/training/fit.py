@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from rwkvpeft.training.callbacks.data_files import DataFiles
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
-from rwkvpeft.training.callbacks.saving import Occasions, Saving, mean_loss
+from rwkvpeft.training.callbacks.saving import Occasions, Saving, mean_loss, write_owed
 from rwkvpeft.training.callbacks.watching import Watched, Watching
 from rwkvpeft.training.checkpoints import Checkpoints, of_earlier_runs
 from rwkvpeft.training.devices import find_device, matmul_precision, place_model
@@ -42,8 +42,7 @@ from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.history import History
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
 from rwkvpeft.training.optimizers.contract import find_optimizer
-from rwkvpeft.training.optimizers.schedule_free import averaged
-from rwkvpeft.training.resume import ResumePoint, find_point, restore_parameters, resume_folder, settle
+from rwkvpeft.training.resume import ResumePoint, find_point, restore_parameters, resume_folder
 from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
 from rwkvpeft.training.step_guard import StepGuard
 from rwkvpeft.training.stopping import StopSignals, end_process
@@ -114,7 +113,7 @@ def fit(
     if epochs_left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
         if point is not None and point.standing.owed:
             module = _module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
-            _write_owed(point, module, checkpoints)
+            write_owed(point, module, checkpoints)
         more = "; a larger --early_stop goes on" if watching.gives_up else ""
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
@@ -307,31 +306,6 @@ def _resume(
     if remark is not None:
         report(remark)
     return point
-
-
-def _write_owed(point: ResumePoint, module: RwkvModule, checkpoints: Checkpoints) -> None:
-    """Write what a run that is complete could not end with, on the first process.
-
-    Raises: UserError if it cannot be written now either.
-    """
-    if getattr(rank_zero_only, "rank", 0):
-        return
-    progress, plan = point.progress, module.plan
-    as_saved: AbstractContextManager[None] = nullcontext()
-    if find_optimizer(module.optimizer_config.optim).keeps_rate:
-        optimizer = module.configure_optimizers()
-        module.sharing.load_moments(module.model, optimizer, point.tensors())
-        as_saved = averaged(optimizer)
-    epoch = plan.epoch_begin + (module.batches - 1) // plan.epoch_steps
-    with as_saved:
-        for name in point.standing.owed:
-            label = name.removeprefix("rwkv-").removesuffix(".pth")
-            checkpoints.save(module.model, epoch=epoch, step=progress.step, loss=mean_loss(progress), name=label,
-                             last=True)
-    checkpoints.writer.wait()
-    for reason in checkpoints.owed.values():
-        raise reason
-    settle(point)
 
 
 def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> int:

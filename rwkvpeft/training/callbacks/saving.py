@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from rwkvpeft.atomic import NotWrittenError
@@ -17,6 +18,7 @@ from rwkvpeft.checkpoints.adapter import check_finite
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.checkpoints import Checkpoints
 from rwkvpeft.training.module import RunProgress, RwkvModule
+from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resume import (
     ResumePoint,
@@ -26,6 +28,7 @@ from rwkvpeft.training.resume import (
     replace_points,
     restored_scaler,
     save_point,
+    settle,
 )
 
 
@@ -229,3 +232,28 @@ def _check_together(trainer: pl.Trainer, module: RwkvModule) -> None:
 def mean_loss(progress: RunProgress) -> float | None:
     """The mean over the mini-epoch so far; None if nothing of it was trained."""
     return progress.loss_sum / progress.weight_sum if progress.weight_sum else None
+
+
+def write_owed(point: ResumePoint, module: RwkvModule, checkpoints: Checkpoints) -> None:
+    """Write what a run that is complete could not end with, on the first process.
+
+    Raises: UserError if it cannot be written now either.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        return
+    progress, plan = point.progress, module.plan
+    as_saved: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if find_optimizer(module.optimizer_config.optim).keeps_rate:
+        optimizer = module.configure_optimizers()
+        module.sharing.load_moments(module.model, optimizer, point.tensors())
+        as_saved = averaged(optimizer)
+    epoch = plan.epoch_begin + (module.batches - 1) // plan.epoch_steps
+    with as_saved:
+        for name in point.standing.owed:
+            label = name.removeprefix("rwkv-").removesuffix(".pth")
+            checkpoints.save(module.model, epoch=epoch, step=progress.step, loss=mean_loss(progress), name=label,
+                             last=True)
+    checkpoints.writer.wait()
+    for reason in checkpoints.owed.values():
+        raise reason
+    settle(point)
