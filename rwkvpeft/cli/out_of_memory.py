@@ -89,7 +89,7 @@ class Attempts:
         where = "the last resume point" if begun or self._asked.output.resume != "none" else "the beginning"
         self._say(
             f"out of memory: going on from {where} with --micro_bsz {schedule.micro_bsz // parts} "
-            f"--accumulate_grad_batches {schedule.accumulate_grad_batches * parts}, which gives the same results"
+            f"--accumulate_grad_batches {schedule.accumulate_grad_batches * parts}, the same rows in each step"
         )
         output = replace(self._asked.output, resume="auto") if begun else self._asked.output
         return replace(self._asked, output=output, schedule=replace(schedule, micro_split=str(parts)))

@@ -13,11 +13,11 @@ import torch
 from rwkvpeft.cli.out_of_memory import is_out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
-# what is freed goes back to the system at once, and so counts no more
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+# what is freed goes back to the system at once and so counts no more, and threads set no memory aside
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 WORDS = (
-    "--accelerator cpu --tokenizer bytes --ctx_len 256 --epoch_steps 4 --epoch_count 1 --save_steps 1 --random_seed 3 "
-    "--epoch_save 1 --loss_mask none --lr_init 1e-3"
+    "--accelerator cpu --tokenizer bytes --ctx_len 256 --epoch_steps 3 --epoch_count 1 --save_steps 1 --random_seed 3 "
+    "--epoch_save 1 --loss_mask none --lr_init 1e-3 --precision fp64 --report false"
 )
 
 # a first, small run brings everything into memory that every run needs
@@ -77,7 +77,7 @@ def test_memory_that_does_not_suffice_is_one_message_with_ways_out(tiny_model, b
 
 @needs_limits
 @pytest.mark.slow
-@pytest.mark.parametrize(("after", "method"), [(0, "--peft lora"), (2, "--peft lora"), (0, "--epoch_steps 0")])
+@pytest.mark.parametrize(("after", "method"), [(0, "--peft none --epoch_steps 0"), (2, "--peft state")])
 def test_a_run_that_goes_on_in_smaller_batches_ends_with_the_same_weights(
     tiny_model, binidx_prefix, tmp_path, after, method
 ):
@@ -88,7 +88,8 @@ def test_a_run_that_goes_on_in_smaller_batches_ends_with_the_same_weights(
     assert "out of memory: going on from" in done.stdout
     calm, halved = (torch.load(tmp_path / name / "rwkv-0.pth", weights_only=True) for name in ("calm", "run"))
     for name, tensor in calm.items():
-        torch.testing.assert_close(halved[name], tensor, rtol=2e-4, atol=2e-6, msg=name)
+        # in fp64, which Adam makes no steps of from round-off: where a gradient is zero it would divide it by itself
+        torch.testing.assert_close(halved[name], tensor, rtol=1e-5, atol=1e-7)
     assert "micro_bsz: 32" in (tmp_path / "run/config.yaml").read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/loss_data.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
