@@ -123,7 +123,7 @@ def test_running_out_of_memory_is_one_message_with_ways_out(train, monkeypatch):
     code, _, errors = train("--peft", "none")
     assert code == 2
     assert "not enough memory for this run" in errors
-    assert "--micro_bsz 1 --accumulate_grad_batches 2" in errors
+    assert "--micro_split 2 (saves " in errors
     assert "--peft lora" in errors
 
 
