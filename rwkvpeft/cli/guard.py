@@ -21,10 +21,9 @@ def guarded(body: Callable[[], int | None], debug: bool = False) -> int:
     """Run a command's body and return the exit code of the process.
 
     A ``UserError`` is printed to standard error and gives 2, with its traceback when ``debug`` is set; so does a
-    requirement of this package that is not installed, and a file that the system refuses. Ctrl-C gives 130. A reader that has gone away (``| head``) ends
-    the command quietly with 141. ``SystemExit`` gives its own code; 2
-    for a text, which is printed.
-    Any other exception is a defect and passes through with its traceback.
+    requirement of this package that is not installed, and a file that the system refuses. Ctrl-C gives 130. A reader
+    that has gone away (``| head``) ends the command quietly with 141. ``SystemExit`` gives its own code; 2 for a text,
+    which is printed. Any other exception is a defect and passes through with its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # the name of a file may be no text in any encoding

@@ -184,7 +184,7 @@ def _earlier_seed(given: dict[str, Any], launch: Launch) -> int | None:
     for record in (folder / "resume.json", *sorted(folder.glob("step-*/resume.json"), reverse=True)):
         try:
             seed = json.loads(record.read_text(encoding="utf-8"))["essentials"]["random_seed"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # a broken point is reported and passed over when the run is taken up
             continue
         if isinstance(seed, int):

@@ -56,7 +56,7 @@ def _read(runtime: RuntimeConfig) -> dict[str, Any]:
     path = Path(runtime.ds_config)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise UserError(f"--ds_config {path} cannot be read", found=reason, expected="a JSON file") from reason
     if not isinstance(found, dict):
         raise UserError(f"--ds_config {path} is no JSON object", found=type(found).__name__)
