@@ -234,8 +234,10 @@ class RuntimeConfig:
     """The machine and how the work runs on it."""
 
     accelerator: str = flag("auto", help="where to train", choices=("auto", "gpu", "cpu"))
-    devices: int = flag(1, help="devices on this machine")
-    num_nodes: int = flag(1, help="machines that train together")
+    devices: int = flag(1, help="devices on each machine; under torchrun, srun or deepspeed as many as it started")
+    num_nodes: int = flag(
+        1, help="machines that train together; by hand with NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment"
+    )
     strategy: str = flag(
         "auto",
         help="how devices share the work; auto: one device alone, several as ddp, each with a whole copy; "
