@@ -1,6 +1,6 @@
 """Every strategy, method and number of processes, each really run: does it give what one process gives?
 
-    python scripts/strategy_table.py [--markdown FILE]
+    python scripts/strategy_table.py [--markdown docs/strategies.md]
 
 A small v7 model with random weights is trained for 6 optimizer steps of 8 rows each on a CPU: full, lora and state
 tuning, by one process and by two. Each run is compared with the same method by one process without a strategy, which
@@ -34,6 +34,7 @@ METHODS = {
 }
 PROCESSES = (1, 2)
 MOST = 1e-5
+MARK = "<!-- strategy table: written by scripts/strategy_table.py -->"
 _BESIDE_AUTO = tuple(name for name in STRATEGIES if name != "auto")
 
 
@@ -126,14 +127,15 @@ def table(found: dict[tuple[str, str, int], Difference]) -> str:
 def main() -> int:
     """Run, print, and fail if a run failed or differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", type=Path, help="write the table there too")
+    parser.add_argument("--markdown", type=Path, help="put the table behind its mark in this file, too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = run_all(Path(folder))
     text = table(found)
     print(text)
     if arguments.markdown:
-        arguments.markdown.write_text(text + "\n", encoding="utf-8")
+        before = arguments.markdown.read_text(encoding="utf-8").partition(MARK)[0]
+        arguments.markdown.write_text(f"{before}{MARK}\n\n{text}\n", encoding="utf-8")
     return 0 if all(difference.is_fine for difference in found.values()) else 1
 
 

@@ -19,7 +19,7 @@ from rwkvpeft.data.binidx import write_binidx
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.rwkv7 import Rwkv7
 from rwkvpeft.models.shape import new_shape
-from rwkvpeft.training.strategies.deepspeed_settings import deepspeed_settings
+from rwkvpeft.training.strategies.deepspeed_settings import deepspeed_settings, fit_buckets
 
 pytest.importorskip("deepspeed")
 
@@ -124,6 +124,15 @@ def test_a_deepspeed_file_wins_over_our_settings(tmp_path):
     made = deepspeed_settings(config, "cpu")
     assert made["zero_optimization"]["reduce_bucket_size"] == 5
     assert made["zero_optimization"]["stage"] == 2
+
+
+def test_no_buffer_is_larger_than_what_is_trained(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 50}}')
+    zero = fit_buckets(deepspeed_settings(settle(tmp_path / "ds.json"), "cpu"), trained=1000, weights=5000)
+    sizes = zero["zero_optimization"]
+    assert sizes["reduce_bucket_size"] == 50
+    assert sizes["allgather_bucket_size"] == 1000
+    assert sizes["stage3_prefetch_bucket_size"] == 5000
 
 
 @pytest.mark.parametrize(

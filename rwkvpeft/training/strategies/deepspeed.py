@@ -31,7 +31,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Block
 from rwkvpeft.training.optimizers.moments import saved_state
 from rwkvpeft.training.strategies.contract import Sharing, swapped, trained_parameters
-from rwkvpeft.training.strategies.deepspeed_settings import deepspeed_settings, read_stage
+from rwkvpeft.training.strategies.deepspeed_settings import deepspeed_settings, fit_buckets, read_stage
 
 
 class DeepSpeed(Sharing):
@@ -154,8 +154,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             super()._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        assert self.config is not None
+        self.config = fit_buckets(
+            self.config,
+            trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            weights=sum(parameter.numel() for parameter in model.parameters()),
+        )
         if self.zero_stage_3:
-            assert self.config is not None
             _split_weights(model, self.config)
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 

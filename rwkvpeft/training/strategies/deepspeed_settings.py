@@ -52,6 +52,20 @@ def deepspeed_settings(config: TrainConfig, device_type: str) -> dict[str, Any]:
     return _over(ours, _read(runtime)) if runtime.ds_config else ours
 
 
+def fit_buckets(settings: dict[str, Any], *, trained: int, weights: int) -> dict[str, Any]:
+    """Make no buffer larger than all that could ever be in it.
+
+    Args:
+        trained, weights: numbers that are trained, and all numbers of the model's parameters.
+    """
+    zero = dict(settings["zero_optimization"])
+    for name, most in (("reduce_bucket_size", trained), ("allgather_bucket_size", trained),
+                       ("stage3_prefetch_bucket_size", weights)):
+        if isinstance(zero.get(name), int):
+            zero[name] = max(1, min(zero[name], most))
+    return {**settings, "zero_optimization": zero}
+
+
 def _read(runtime: RuntimeConfig) -> dict[str, Any]:
     path = Path(runtime.ds_config)
     try:
