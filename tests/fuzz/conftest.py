@@ -1,4 +1,4 @@
-"""Bounds on every test of hostile files."""
+"""What reading a hostile file may take."""
 
 import resource
 import time
@@ -8,9 +8,9 @@ import pytest
 ROOM_MIB = 300
 
 
-@pytest.fixture(autouse=True)
-def _bounded():
-    """No test here may take five seconds of a processor, or much memory."""
+@pytest.fixture
+def bounded():
+    """No test that asks for this may take five seconds of a processor, or much memory."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     yield
     assert time.process_time() - started < 5

@@ -13,6 +13,8 @@ from rwkvpeft.checkpoints.files import load_tensors, save_tensors
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.shape import read_shape
 
+pytestmark = pytest.mark.usefixtures("bounded")
+
 
 class _Call:
     """Pickles as a call."""

@@ -24,6 +24,8 @@ from rwkvpeft.data.tokenizer import Utf8Tokenizer
 from rwkvpeft.data.vocabulary import read_vocabulary
 from rwkvpeft.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("bounded")
+
 
 def settings(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
