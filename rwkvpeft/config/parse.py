@@ -10,6 +10,7 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -34,6 +35,7 @@ def group_types() -> dict[str, type]:
     return {item.name: hints[item.name] for item in fields(TrainConfig)}
 
 
+@cache
 def train_specs() -> dict[str, FlagSpec]:
     """Every flag of ours by field name."""
     return {spec.name: spec for group in group_types().values() for spec in specs(group)}

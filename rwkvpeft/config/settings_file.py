@@ -15,6 +15,8 @@ from rwkvpeft.config.yaml_text import parse_yaml
 from rwkvpeft.errors import UserError
 from rwkvpeft.reading import LARGEST_SETTINGS_BYTES, read_text
 
+_LOOKED_UP = 20
+
 
 def read_flat(path: Path, groups: Mapping[str, type], spec_of: Callable[[str], FlagSpec | None]) -> dict[str, Any]:
     """Read a YAML file whose keys are flag names, at the top or under the names of their groups.
@@ -31,7 +33,8 @@ def read_flat(path: Path, groups: Mapping[str, type], spec_of: Callable[[str], F
         spec = spec_of(key.rpartition(".")[2])
         if spec is None:
             known = [name for group in groups.values() for name in group.__dataclass_fields__]  # type: ignore[attr-defined]
-            near = nearest(key.rpartition(".")[2], known)
+            # to look for what was meant takes milliseconds a key
+            near = nearest(key.rpartition(".")[2], known) if len(findings.errors) < _LOOKED_UP else None
             findings.add(f"{path} has an unknown key", found=key, fix=near)
         elif spec.name in values:
             findings.add(f"{path} gives {spec.name} twice", found=[values[spec.name], value])
