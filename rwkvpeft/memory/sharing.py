@@ -15,8 +15,6 @@ from rwkvpeft.memory.outline import Counts
 _FP32 = 4
 # blocks whose weights are whole at once: the one at work, and the next one, which is fetched meanwhile
 _GATHERED = 2
-# what DeepSpeed's stage 3 leaves gathered, in numbers, unless told otherwise
-_LEFT_GATHERED = 10**9
 
 
 class Shares(NamedTuple):
@@ -125,16 +123,18 @@ def beside(phase: str, counts: Counts, runtime: RuntimeConfig) -> int:
         taken += share if phase == STEP and not shares.offload else 0
         taken += bucket if shares.weights or phase not in (STEP, "forward") else 0
     if shares.weights and phase != STEP:
-        taken += _gathered(counts, shares)
+        taken += _gathered(counts, shares, runtime)
     return taken
 
 
-def _gathered(counts: Counts, shares: Shares) -> int:
+def _gathered(counts: Counts, shares: Shares, runtime: RuntimeConfig) -> int:
     at_work = _GATHERED * counts.block_bytes + counts.ends_bytes
     if not shares.buckets:
         return at_work
     everything = counts.frozen_bytes - counts.packed_bytes + _FP32 * counts.trained
-    left = everything * _LEFT_GATHERED // max(counts.numbers, _LEFT_GATHERED)
+    # so many numbers stay gathered, because they are soon wanted again (``deepspeed_settings``)
+    most = runtime.ds_bucket_mb * 10**6
+    left = everything * most // max(counts.numbers, most)
     return min(everything, max(at_work, left))
 
 

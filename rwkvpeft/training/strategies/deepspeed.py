@@ -12,10 +12,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from importlib.util import find_spec
-from io import StringIO
-from shutil import which
 from types import ModuleType
 from typing import Any
 
@@ -48,8 +46,6 @@ class DeepSpeed(Sharing):
             )
         if self.device_type not in ("cpu", "cuda"):
             raise UserError(f"DeepSpeed does not run on {self.device_type}", fix="--strategy auto")
-        if self.device_type == "cpu":
-            _check_compiler()
 
     def strategy(self) -> Any:
         """Lightning's own, which asks for a GPU, taught to use CPUs too."""
@@ -148,11 +144,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         """DeepSpeed itself knows when to put gradients together."""
         yield
 
-    def _init_deepspeed_distributed(self) -> None:
-        # on a CPU it compiles an operator, and says so on standard output
-        with redirect_stdout(StringIO()):
-            super()._init_deepspeed_distributed()
-
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         assert self.config is not None
         self.config = fit_buckets(
@@ -190,18 +181,10 @@ def quiet_import(device_type: str) -> ModuleType:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # an operator for inference that processes of a CPU would compile at the start, behind a lock that a kill leaves
+    # locked for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _check_compiler() -> None:
-    """Raises: UserError if what DeepSpeed compiles for processes of a CPU cannot be compiled."""
-    missing = [tool for tool in ("c++", "ninja") if which(tool) is None and not (tool == "ninja" and find_spec(tool))]
-    if missing:
-        raise UserError(
-            "DeepSpeed compiles an operator before it runs on a CPU",
-            found=f"no {' and no '.join(missing)}",
-            fix="install a C++ compiler, pip install ninja, or --strategy ddp or fsdp",
-        )
 
 
 def _split_weights(model: nn.Module, settings: dict[str, Any]) -> None:

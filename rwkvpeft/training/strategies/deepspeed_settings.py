@@ -36,6 +36,9 @@ def deepspeed_settings(config: TrainConfig, device_type: str) -> dict[str, Any]:
         "reduce_bucket_size": numbers,
         "allgather_bucket_size": numbers,
         "stage3_prefetch_bucket_size": numbers,
+        # DeepSpeed's own billion would leave most models gathered once they have been
+        "stage3_max_live_parameters": numbers,
+        "stage3_max_reuse_distance": numbers,
         # small vectors are not worth a gathering
         "stage3_param_persistence_threshold": 10_000,
     }
