@@ -8,6 +8,7 @@ from typing import Any
 
 from rwkvpeft.config.groups import RuntimeConfig, TrainConfig
 from rwkvpeft.errors import UserError
+from rwkvpeft.reading import LARGEST_RECORD_BYTES, read_text
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
         "optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "activation_checkpointing")
@@ -72,7 +73,7 @@ def fit_buckets(settings: dict[str, Any], *, trained: int, weights: int) -> dict
 def _read(runtime: RuntimeConfig) -> dict[str, Any]:
     path = Path(runtime.ds_config)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path, LARGEST_RECORD_BYTES))
     except (OSError, ValueError, RecursionError) as reason:
         raise UserError(f"--ds_config {path} cannot be read", found=reason, expected="a JSON file") from reason
     if not isinstance(found, dict):
