@@ -103,6 +103,18 @@ def test_two_processes_compute_what_one_computes(train, alone, strategy, method)
 
 
 @pytest.mark.slow
+def test_after_an_evaluation_split_weights_are_saved_with_all_their_moments(train, alone):
+    method = "--peft none --val_split 5"
+    saved = [
+        torch.load(folder / "resume" / "step-00000006" / "tensors.pth", weights_only=True)
+        for folder in (alone(method), train(f"{method} --strategy fsdp", processes=2))
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_under_other_strategies_and_numbers_of_processes(train, alone):
     folder = train(f"{LORA} --strategy deepspeed_stage_2 --my_exit 0", processes=2)
     assert len(losses(folder)) == 3

@@ -7,14 +7,15 @@ Source: Zhao et al., PyTorch FSDP (arXiv 2304.11277), in its form of parameters 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -35,6 +36,16 @@ class Fsdp(Sharing):
     def gradient_norm(self, trained: list[nn.Parameter], largest: float) -> Tensor | None:
         """Of the parts on all processes."""
         return _full(super().gradient_norm(trained, largest))
+
+    def run(self, trainer: pl.Trainer, work: Callable[[], Any]) -> Any:
+        """Without a backward pass embedding and head would stay together, as parameters the optimizer does not know."""
+        try:
+            return work()
+        finally:
+            assert trainer.lightning_module is not None
+            for module in trainer.lightning_module.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     @contextmanager
     def whole(self, model: nn.Module, *, here: bool, frozen_too: bool = False) -> Generator[None, None, None]:
