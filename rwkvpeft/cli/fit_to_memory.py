@@ -12,7 +12,7 @@ from rwkvpeft.cli.assemble import Base, likely_programs, make_adapter
 from rwkvpeft.cli.prepare import Opened
 from rwkvpeft.cli.scratch import planned_shape
 from rwkvpeft.config.groups import TrainConfig
-from rwkvpeft.config.splitting_batches import other_noise, split_batches
+from rwkvpeft.config.splitting_batches import split_batches
 from rwkvpeft.errors import UserError
 from rwkvpeft.memory import (
     PLAIN_PROGRAMS,
@@ -65,9 +65,6 @@ def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
     free = free_memory(device) if alone else memory_of_each(device.type, config.runtime)
     choice = choose_parts(opened.longest, need_of, free=free, device_type=device.type)
     remarks = [choice.report] if choice.report else []
-    noise = other_noise(config)
-    if noise is not None and choice.parts > 1:
-        remarks.append(f"note: the results are not quite those of whole batches: {noise}")
     rows_at_once = config.schedule.micro_bsz * devices_of(config.runtime)
     # a pass is as long as in whole batches
     epoch_steps = -(-opened.rows.pass_rows // rows_at_once)

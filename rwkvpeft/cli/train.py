@@ -121,6 +121,7 @@ def _fit(
     from rwkvpeft.cli.run_report import report_line
     from rwkvpeft.data.text import keep_vocabulary
     from rwkvpeft.memory import with_level
+    from rwkvpeft.training.essentials import other_results
     from rwkvpeft.training.fit import fit
 
     config, base, origin, new, begun = beginning
@@ -136,6 +137,9 @@ def _fit(
     recompute = assemble.choose_recompute(base, opened.longest, chosen, opened.rows.crowded_row)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, opened.start)
     lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin, watched=watched)
+    differs = other_results(config, model)
+    if differs is not None and config.schedule.micro_bsz != asked.schedule.micro_bsz:
+        lines.append(f"note: the results are not quite those of whole batches: {differs}")
     for line in [*remarks, *more, *lines]:
         _say(line)
     if _is_first_process():

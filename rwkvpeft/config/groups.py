@@ -128,8 +128,8 @@ class ScheduleConfig:
     )
     micro_split: str = flag(
         "1",
-        help="work through the rows of a batch in so many equal parts, one after another, which gives the same results "
-        "with less memory; auto: the fewest that are expected to fit",
+        help="work through the rows of a batch in so many equal parts, one after another, which takes less memory and "
+        "gives the same results, but for what dropout draws; auto: the fewest that are expected to fit",
         metavar="N|auto",
     )
     accumulate_grad_batches: int = flag(1, help="batches per optimizer step", unit="batches")
@@ -361,7 +361,7 @@ class FaultsConfig:
     on_oom: str = flag(
         "stop",
         help="when memory does not suffice; halve: half the --micro_bsz and twice the --accumulate_grad_batches, which "
-        "gives the same results, from the last resume point (one device)",
+        "gives the same results but for what dropout draws, from the last resume point (one device)",
         choices=("stop", "halve"),
     )
     read_timeout: float = flag(

@@ -1,7 +1,7 @@
-"""A run whose batches are worked through in parts: less memory at once, the same results.
+"""A run whose batches are worked through in parts: less memory at once, the same rows in each step.
 
 Which rows an optimizer step takes depends on the rows of a step alone. How many of them are in memory together,
-``micro_bsz``, decides nothing but speed and memory.
+``micro_bsz``, decides nothing but speed and memory, and what dropout draws.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def other_samples(config: TrainConfig) -> str | None:
 
 
 def other_noise(config: TrainConfig) -> str | None:
-    """What of a split run differs though its rows are the same; None if nothing does but the order of sums."""
+    """What of a split run differs though its rows are the same; None if nothing does but the order of sums.
+
+    The dropout of an adapter itself is not among these settings: ``training.essentials.other_results`` knows it too.
+    """
     if config.method.dropout or config.method.neftune_alpha:
         return "what --dropout and --neftune_alpha draw is drawn for each batch"
     if config.data.dataload == "pack" and config.optimizer.logit_penalty:

@@ -107,13 +107,21 @@ def what_splits_otherwise(point: ResumePoint, config: TrainConfig, model: nn.Mod
     """
     if dict(point.standing.split) == split_of(config):
         return None
-    reason = other_noise(config)
-    if reason is None and draws_random_numbers(model):
-        reason = "what dropout draws is drawn for each batch"
+    reason = other_results(config, model)
     if reason is None:
         return None
     before = ", ".join(f"{name} {value}" for name, value in point.standing.split.items())
     return f"rows were dealt out otherwise before ({before}): the same rows follow, but {reason}"
+
+
+def other_results(config: TrainConfig, model: nn.Module) -> str | None:
+    """Why the same rows in other batches give other results; None if they do not, but for the order of sums.
+
+    Args:
+        model: with its adapter, which may have a dropout of its own.
+    """
+    reason = other_noise(config)
+    return "what dropout draws is drawn for each batch" if reason is None and draws_random_numbers(model) else reason
 
 
 def _fitting_split(saved: Mapping[str, Any], config: TrainConfig) -> str:

@@ -36,7 +36,21 @@ def test_auto_says_what_it_chose_and_is_written_down_as_asked(train, tmp_path):
     assert (schedule["micro_bsz"], schedule["micro_split"], schedule["epoch_steps"]) == (4, "auto", 2)
 
 
-def test_what_parts_change_after_all_is_told(train):
-    code, out, errors = train("--micro_bsz", 4, "--micro_split", 2, "--dropout", 0.1)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dropout", 0.1], "not quite those of whole batches: what --dropout"),
+        (["--peft", "lora"], "not quite those of whole batches: what dropout draws"),
+    ],
+)
+def test_what_parts_change_after_all_is_told(train, words, told):
+    code, out, errors = train("--micro_bsz", 4, "--micro_split", 2, *words)
     assert code == 0, errors
-    assert "not quite those of whole batches: what --dropout" in out
+    assert told in out
+
+
+def test_nothing_is_told_of_parts_that_change_nothing(train):
+    words = ["--micro_bsz", 4, "--micro_split", 2, "--peft", "lora", "--peft_config", '{"lora_dropout": 0}']
+    code, out, errors = train(*words)
+    assert code == 0, errors
+    assert "not quite" not in out
