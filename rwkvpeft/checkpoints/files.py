@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from rwkvpeft.reading import open_file
 _REOPEN_BYTES = 128 << 20
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES = 64
+# what the system says of a map that does not fit, and PyTorch of numbers
+_NO_ROOM = (os.strerror(errno.ENOMEM), "can't allocate memory", "not enough memory")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -51,7 +54,8 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
 
     Numbers that do not lie on borders of words, as in the old, non-zip format, are read into memory. A checkpoint that
     nests its weights under ``state_dict``, ``module`` or ``model`` is unwrapped.
-    Raises: UserError if the file is missing, broken, or holds anything but tensors by name.
+    Raises: UserError if the file is missing, broken, or holds anything but tensors by name; MemoryError if there is no
+        room for the map.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -69,9 +73,12 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
             expected="a file of tensors by name, as torch.save(model.state_dict(), path) writes it",
         ) from reason
     except (ValueError, RuntimeError, OSError) as reason:
+        found = str(reason).partition("\n")[0]
+        if any(words in found for words in _NO_ROOM):
+            raise MemoryError(f"no room to read {path}: {found}") from reason
         raise UserError(
             f"{path} cannot be read as a checkpoint",
-            found=str(reason).partition("\n")[0],
+            found=found,
             expected="a complete .pth file",
             fix="download or copy it again and compare its size",
         ) from reason

@@ -21,9 +21,9 @@ def guarded(body: Callable[[], int | None], debug: bool = False) -> int:
     """Run a command's body and return the exit code of the process.
 
     A ``UserError`` is printed to standard error and gives 2, with its traceback when ``debug`` is set; so does a
-    requirement of this package that is not installed, and a file that the system refuses. Ctrl-C gives 130. A reader
-    that has gone away (``| head``) ends the command quietly with 141. ``SystemExit`` gives its own code; 2 for a text,
-    which is printed. Any other exception is a defect and passes through with its traceback.
+    requirement of this package that is not installed, a file that the system refuses, and a lack of memory. Ctrl-C
+    gives 130. A reader that has gone away (``| head``) ends the command quietly with 141. ``SystemExit`` gives its own
+    code; 2 for a text, which is printed. Any other exception is a defect and passes through with its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # the name of a file may be no text in any encoding
@@ -46,6 +46,9 @@ def guarded(body: Callable[[], int | None], debug: bool = False) -> int:
         # the interpreter flushes standard output once more at exit and would complain there
         _discard_output()
         return EXIT_BROKEN_PIPE
+    except MemoryError as reason:
+        found = str(reason) or None
+        return _refuse(UserError("there is not enough memory", found=found, fix="a larger machine"), debug)
     except OSError as reason:
         # a file somebody named, in a folder they may not read or under a name no system takes
         if reason.filename is None:
