@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +22,7 @@ from rwkvpeft.reading import open_file
 _LARGEST_ROW = 1 << 25
 _READ_AT_ONCE = 1 << 20
 _ROWS_AT_ONCE = 1024
+_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def read_table(path: str | Path) -> Iterator[Record]:
@@ -134,52 +136,70 @@ def _listed_rows(path: Path) -> Iterator[Record]:
                             fix="check the file") from reason
 
 
+class _Window:
+    """The part of a text that is looked at; what lies before it is forgotten."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text, self._place = "", 0
+        self._decoder = json.JSONDecoder()
+
+    def next_letter(self) -> str:
+        """The next character that is no blank, which stays; empty at the end."""
+        while True:
+            self._place = _BLANKS.match(self._text, self._place).end()  # type: ignore[union-attr]
+            if self._place < len(self._text):
+                return self._text[self._place]
+            self._text, self._place = self._file.read(_READ_AT_ONCE), 0
+            if not self._text:
+                return ""
+
+    def skip_letter(self) -> None:
+        """Go on behind the next character."""
+        self._place += 1
+
+    def value(self) -> Any:
+        """The value that begins here, read on as far as needed. Raises: ValueError if there is none."""
+        step = _READ_AT_ONCE
+        while True:
+            try:
+                item, end = self._decoder.raw_decode(self._text, self._place)
+                # a number may go on behind what has been read
+                if end < len(self._text):
+                    self._place = end
+                    return item
+            except json.JSONDecodeError as reason:
+                if len(self._text) - self._place > _LARGEST_ROW:
+                    # its place is one in the window
+                    raise ValueError(reason.msg) from reason
+            # twice as much each time: what was read is looked at anew
+            more = self._file.read(step)
+            step *= 2
+            self._text, self._place = self._text[self._place :] + more, 0
+            if not more:
+                return self._last_value()
+
+    def _last_value(self) -> Any:
+        try:
+            item, self._place = self._decoder.raw_decode(self._text)
+        except json.JSONDecodeError as reason:
+            raise ValueError(reason.msg) from reason
+        return item
+
+
 def _items(file: TextIO) -> Iterator[Any]:
     """The items of a JSON list. Raises: ValueError where it is none, RecursionError where one is nested too deeply."""
-    decoder, rest = json.JSONDecoder(), ""
-
-    def ahead() -> str:
-        """What follows, without blanks."""
-        text = rest.lstrip()
-        while not text and (more := file.read(_READ_AT_ONCE)):
-            text = more.lstrip()
-        return text
-
-    rest = ahead()[1:]
-    rest = ahead()
-    while not rest.startswith("]"):
-        item, rest = _first_item(decoder, rest, file)
-        yield item
-        rest = ahead()
-        if rest.startswith(","):
-            rest = rest[1:]
-            rest = ahead()
-            if rest.startswith("]"):
+    window = _Window(file)
+    window.next_letter()
+    window.skip_letter()
+    while window.next_letter() != "]":
+        yield window.value()
+        if window.next_letter() == ",":
+            window.skip_letter()
+            if window.next_letter() == "]":
                 raise ValueError("a comma before the end of the list")
-        elif not rest.startswith("]"):
-            raise ValueError("no comma between two items" if rest else "the list does not end")
-    rest = rest[1:]
-    if ahead():
+        elif window.next_letter() != "]":
+            raise ValueError("no comma between two items" if window.next_letter() else "the list does not end")
+    window.skip_letter()
+    if window.next_letter():
         raise ValueError("something behind the end of the list")
-
-
-def _first_item(decoder: json.JSONDecoder, text: str, file: TextIO) -> tuple[Any, str]:
-    """The value ``text`` begins with, and what stands behind it, read on from ``file`` as far as needed."""
-    step = _READ_AT_ONCE
-    while True:
-        try:
-            item, end = decoder.raw_decode(text)
-            # a number may go on behind what has been read
-            if end < len(text):
-                return item, text[end:]
-        except json.JSONDecodeError:
-            if len(text) > _LARGEST_ROW:
-                raise
-        # twice as much each time: what was read is looked at anew
-        more = file.read(step)
-        step *= 2
-        if not more:
-            return decoder.raw_decode(text)[0], ""
-        text += more
-
-

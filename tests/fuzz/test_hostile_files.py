@@ -213,6 +213,11 @@ def test_a_list_of_rows_is_read_item_by_item(tmp_path, space, monkeypatch):
     assert [record.value for record in read_table(tmp_path / "a.json")] == rows
 
 
+def test_a_list_of_many_small_rows_is_read_in_a_moment(tmp_path):
+    (tmp_path / "a.json").write_text("[" + ",".join(['{"a":1}'] * 400_000) + "]")
+    assert sum(1 for _ in read_table(tmp_path / "a.json")) == 400_000
+
+
 def test_a_packed_array_that_is_a_bomb_is_refused(tmp_path):
     from rwkvpeft.config.groups import DataConfig
 
