@@ -10,6 +10,7 @@ listed, with its time or why it cannot run here.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _above_zero(flag: str, text: str | None, expected: str) -> float | None:
         size = float(text)
     except ValueError:
         size = 0
-    if not size > 0:
+    if not 0 < size < math.inf:
         raise UserError(f"{flag} cannot be used", found=text, expected=expected)
     return size
 

@@ -174,6 +174,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "")
     # SLURM writes 4(x2) for two machines of four
     digits = text.partition("(")[0]
-    if not digits.isdigit():
+    if not digits.isdecimal():
         raise UserError(f"the environment's {name} is no number", found=text or "nothing")
     return int(digits)

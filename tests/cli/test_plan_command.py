@@ -50,7 +50,7 @@ def test_the_time_of_a_step_here_is_estimated_from_what_it_computes(plan, tiny_m
     assert re.search(r"speed: .* a step or more, .* timed here just now; waiting for data", out)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "fsdp"])
 def test_many_devices_on_many_machines_are_planned_for_without_any(plan, strategy):
     words = ["--devices", 8, "--num_nodes", 2, "--strategy", strategy, "--micro_bsz", 1, "--gpu_memory", 24]
     code, out, _ = plan(*SIZES, *words, "--grad_cp", 1)
@@ -113,6 +113,7 @@ def test_the_speed_is_what_an_earlier_run_in_the_folder_was_seen_to_do(plan, tmp
     [
         (["--peft", "lora"], "--my_testing"),
         ([*SIZES, "--gpu_memory", "much"], "--gpu_memory"),
+        ([*SIZES, "--gpu_memory", "inf"], "--gpu_memory"),
         ([*SIZES, "--gpu_memory", "24", "--tflops", "0"], "--tflops"),
         ([*SIZES, "--peft", "bat", "--peft_config", '{"r": 63}', "--gpu_memory", "24"], "63"),
         (["--load_model", "nowhere.pth"], "nowhere.pth"),
