@@ -46,5 +46,5 @@ def _seeded() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="how often the kill -9 drill kills its run")
+    parser.addoption("--kills", type=int, default=8, help="how often tests/faults kills its runs, over all strategies")
     parser.addoption("--support-report", help="write which adapter works on which base to this json file")

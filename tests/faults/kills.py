@@ -3,9 +3,10 @@
     python tests/faults/kills.py --kills 200
 
 Each strategy trains a tiny model by one process and by two, once undisturbed, and then killed (SIGKILL to all of its
-processes) and started again, over and over, until it is through. Half of the kills wait for a file being written.
-After each kill every checkpoint seen before must still be there and load, and no resume point may be lost; at the end
-all checkpoints must be those of the undisturbed run: bit for bit with one process, to round-off with several.
+processes) and started again, over and over, until it is through. Half of the kills wait for a file being written, and
+every other start writes beside the training (--save_async). After each kill every checkpoint seen before must still be
+there and load, and no resume point may be lost; at the end the log must hold each step once, and all checkpoints must
+be those of the undisturbed run: bit for bit with one process, to round-off with several.
 
 Processes are forked from this one, which has imported everything: a start takes a tenth of a second, not five.
 """
@@ -13,6 +14,7 @@ Processes are forked from this one, which has imported everything: a start takes
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -39,6 +41,7 @@ ROUND_OFF = 1e-5
 LONGEST = 120.0
 KILLS_OF_A_RUN = 8
 CHECKPOINTS = ("rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth")
+BESIDE = ["--save_async", "--step_save", "3"]
 
 
 class LostError(Exception):
@@ -195,8 +198,10 @@ def drill(job: Job, inputs: Path, calm: Path, folder: Path, seconds: float, most
     """Kill a run again and again, at most ``most`` times, until it ends; then compare it with the calm one."""
     words, watch, log = job.words(inputs, folder), Watch(folder), folder.with_suffix(".log")
     job.runs += 1
-    for _ in range(most):
-        codes = _start_and_kill(job, words, log, folder, seconds)
+    for start_number in range(most):
+        # which first alternates too: some drills kill each run but once
+        beside = BESIDE if (start_number + job.runs) % 2 else []
+        codes = _start_and_kill(job, words + beside, log, folder, seconds)
         watch.look()
         if codes is not None:
             break
@@ -205,6 +210,8 @@ def drill(job: Job, inputs: Path, calm: Path, folder: Path, seconds: float, most
         watch.look()
     if codes is None or any(codes):
         raise LostError(f"ended with {codes}: {log.read_text()[-2000:]}")
+    if steps_logged(folder) != steps_logged(calm):
+        raise LostError(f"the log holds the steps {steps_logged(folder)}")
     job.furthest = max(job.furthest, furthest(calm, folder))
     if job.furthest > (0.0 if job.processes == 1 else ROUND_OFF):
         raise LostError(f"weights differ by {job.furthest:g}")
@@ -228,6 +235,11 @@ def _start_and_kill(job: Job, words: list[str], log: Path, folder: Path, seconds
     job.kills += 1
     job.while_writing += writing
     return None
+
+
+def steps_logged(folder: Path) -> list[int]:
+    """The numbers of the steps in a run's log, as they stand there."""
+    return [json.loads(line)["step"] for line in (folder / "loss_data.jsonl").read_text().splitlines()]
 
 
 def furthest(calm: Path, killed: Path) -> float:

@@ -13,6 +13,7 @@ STRATEGIES = "auto deepspeed_stage_2 deepspeed_stage_3_offload fsdp"
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_runs_that_are_killed_end_like_runs_left_alone(processes, request):
