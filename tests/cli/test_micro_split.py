@@ -14,7 +14,12 @@ def _steps(folder):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--epoch_steps", 0, "--epoch_count", 2], ["--dataload", "pack", "--logit_penalty", 0]]
+    "words",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--epoch_steps", 0, "--epoch_count", 2],
+        pytest.param(["--dataload", "pack", "--logit_penalty", 0], marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_in_parts_has_the_losses_of_whole_batches(train, tmp_path, words):
     for folder, split in (("whole", 1), ("parts", 5)):

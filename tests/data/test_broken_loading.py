@@ -43,6 +43,7 @@ def test_a_file_that_shrinks_ends_the_loop_with_a_message_for_people(prefix, wor
     assert error.value.what == f"the data file changed while the run was reading it: {prefix}.bin"
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed_is_named_as_the_cause(prefix):
     batches, worker = begun(TrainLoader(dataset(prefix), PLAN, 0, 1000, num_workers=1))
     os.kill(worker, signal.SIGKILL)

@@ -94,7 +94,7 @@ def test_any_line_is_an_object_or_nothing_or_bad(line):
     assert value is None or isinstance(value, dict)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     records=some.lists(some.dictionaries(some.text(), JSON, min_size=1), min_size=1, max_size=6),
     block_bytes=some.integers(1, 50),
@@ -106,7 +106,7 @@ def test_any_records_come_back_whatever_the_blocks(folder, records, block_bytes)
     assert sum(len(read_block(path, *place)) for place in blocks(path, block_bytes)) == len(records)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(some.lists(some.dictionaries(some.text(), JSON, min_size=1), min_size=1, max_size=6))
 def test_any_list_of_objects_comes_back_from_a_json_table(folder, rows):
     (folder / "a.json").write_text(json.dumps(rows))
