@@ -16,6 +16,7 @@ from rwkvpeft.config.parse import build_groups, parse_train
 from rwkvpeft.config.resolve import Machine, resolve
 from rwkvpeft.config.settings_file import write_settings
 from rwkvpeft.registry import ADAPTER_SETTINGS, find
+from rwkvpeft.training.point_order import RECORD, newest_first
 
 if TYPE_CHECKING:
     from rwkvpeft.cli.prepare import Opened, Prepared
@@ -185,9 +186,9 @@ def _earlier_seed(given: dict[str, Any], launch: Launch) -> int | None:
     if output.resume == "none":
         return None
     folder = Path(output.proj_dir) / "resume" if output.resume == "auto" else Path(output.resume)
-    for record in (folder / "resume.json", *sorted(folder.glob("step-*/resume.json"), reverse=True)):
+    for point in (folder, *newest_first(folder)):
         try:
-            seed = json.loads(record.read_text(encoding="utf-8"))["essentials"]["random_seed"]
+            seed = json.loads((point / RECORD).read_text(encoding="utf-8"))["essentials"]["random_seed"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # a broken point is reported and passed over when the run is taken up
             continue

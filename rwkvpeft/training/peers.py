@@ -27,6 +27,7 @@ from rwkvpeft.config.launcher import STARTED_BY_US, Launch
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.callbacks.steps import NoteSteps
 from rwkvpeft.training.heartbeat import FirstHeart, Heart, OtherHeart, Verdict, unfinished
+from rwkvpeft.training.point_order import newest_first
 from rwkvpeft.training.resume import resume_folder
 
 EXIT_PEER_LOST = 75
@@ -307,11 +308,11 @@ class Peers:
         return self.launch.local_rank == speaker
 
     def _way_on(self) -> str:
-        steps = sorted(path.name for path in resume_folder(self._output).glob("step-*"))
-        if not steps:
+        points = newest_first(resume_folder(self._output))
+        if not points:
             return "start the same command again; nothing was saved yet"
         words = "" if self._output.resume == "auto" else " with --resume auto"
-        return f"the same command{words} goes on from step {int(steps[-1].removeprefix('step-'))}"
+        return f"the same command{words} goes on from step {int(points[0].name.removeprefix('step-'))}"
 
 
 def _is_lost_connection(reason: BaseException) -> bool:

@@ -30,12 +30,12 @@ from rwkvpeft.checkpoints.files import load_tensors
 from rwkvpeft.config.groups import OutputConfig
 from rwkvpeft.errors import ContractError, UserError
 from rwkvpeft.training.module import RunProgress
+from rwkvpeft.training.point_order import RECORD, newest_first
 
 FORMAT = 2
 KEPT = 2
 
 _TENSORS = "tensors.pth"
-_RECORD = "resume.json"
 _CONSTANT = "constant."
 
 
@@ -45,7 +45,8 @@ class Standing:
 
     ``progress`` is how far the run was, ``essentials`` the settings that must not change, ``split`` how its rows were
     dealt out, ``checkpoints`` the names of those the run has written, oldest first, and ``owed`` of those it should
-    have ended with and could not write.
+    have ended with and could not write. ``start`` counts the starts of the command in a folder: a point of a later one
+    is newer whatever its step, as that may have started anew or gone back.
     """
 
     progress: RunProgress
@@ -53,6 +54,7 @@ class Standing:
     split: Mapping[str, Any]
     checkpoints: Sequence[str] = ()
     owed: Sequence[str] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ def save_point(folder: Path, tensors: Mapping[str, Tensor], standing: Standing) 
             with (partial / _TENSORS).open("wb") as file:
                 torch.save(dict(tensors), file)
             record = {"format": FORMAT, **asdict(standing), "tensors_bytes": (partial / _TENSORS).stat().st_size}
-            (partial / _RECORD).write_text(_sealed(record), encoding="utf-8")
-            for path in (partial / _TENSORS, partial / _RECORD, partial):
+            (partial / RECORD).write_text(_sealed(record), encoding="utf-8")
+            for path in (partial / _TENSORS, partial / RECORD, partial):
                 make_durable(path)
             if place.exists():
-                # the same step, written by a run that a later start went back behind
-                shutil.rmtree(place)
+                # the same step, written by a run that a later start went back behind: a crash must find it whole or not
+                place.rename(partial.with_name(f"{partial.name}-before"))
             partial.rename(place)
             make_durable(folder)
         except BaseException:
@@ -160,8 +162,7 @@ def find_point(output: OutputConfig, report: Callable[[str], None]) -> ResumePoi
     if output.resume == "none":
         return None
     folder = resume_folder(output) if output.resume == "auto" else Path(output.resume)
-    candidates = [folder] if (folder / _RECORD).is_file() else sorted(folder.glob("step-*"), reverse=True)
-    for path in candidates:
+    for path in [folder] if (folder / RECORD).is_file() else newest_first(folder):
         try:
             return _read_point(path)
         except _BrokenError as reason:
@@ -191,7 +192,7 @@ class _BrokenError(Exception):
 def _read_point(path: Path) -> ResumePoint:
     """Raises: _BrokenError if anything of it is missing or changed; UserError if it is of a newer version."""
     try:
-        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         seal, format_ = record.pop("seal", None), record.pop("format")
         if isinstance(format_, int) and format_ > FORMAT:
             raise UserError(
@@ -201,7 +202,7 @@ def _read_point(path: Path) -> ResumePoint:
         if format_ != FORMAT:
             record = _of_format_1(record)
         elif seal != _seal({"format": format_, **record}):
-            raise _BrokenError(f"{_RECORD} was changed")
+            raise _BrokenError(f"{RECORD} was changed")
         size = record.pop("tensors_bytes")
         record["progress"] = RunProgress(**record["progress"])
         point = ResumePoint(path, Standing(**record))
@@ -296,9 +297,9 @@ def capture(
 
 def settle(point: ResumePoint) -> None:
     """Note that nothing is owed any more. Raises: NotWrittenError if that cannot be written."""
-    record = json.loads((point.path / _RECORD).read_text(encoding="utf-8"))
+    record = json.loads((point.path / RECORD).read_text(encoding="utf-8"))
     record = {name: value for name, value in record.items() if name != "seal"} | {"owed": []}
-    write_whole(point.path / _RECORD, lambda partial: partial.write_text(_sealed(record), encoding="utf-8"))
+    write_whole(point.path / RECORD, lambda partial: partial.write_text(_sealed(record), encoding="utf-8"))
 
 
 def parameters_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from rwkvpeft.config.groups import (
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.essentials import check_essentials
 from rwkvpeft.training.module import RunProgress
+from rwkvpeft.training.point_order import next_start
 from rwkvpeft.training.resume import Standing, find_point, replace_points, save_point, settle
 
 from .full_disks import limited_file_size
@@ -37,8 +38,9 @@ def quiet(line):
     raise AssertionError(line)
 
 
-def save(tmp_path, step, **more):
-    standing = Standing(RunProgress(step=step, **more), {"seed": 1}, {"micro_bsz": 1, "processes": 1}, ("rwkv-0.pth",))
+def save(tmp_path, step, *, start=1, **more):
+    split = {"micro_bsz": 1, "processes": 1}
+    standing = Standing(RunProgress(step=step, **more), {"seed": 1}, split, ("rwkv-0.pth",), start=start)
     return save_point(tmp_path / "resume", TENSORS, standing)
 
 
@@ -142,6 +144,23 @@ def test_a_damaged_point_gives_way_to_the_one_before(tmp_path, damage):
     lines = []
     assert find_point(output(tmp_path), lines.append).progress.step == 1
     assert "step-00000002 is broken and passed over" in lines[0]
+
+
+def test_the_first_point_of_a_later_start_is_newer_than_those_it_has_not_removed_yet(tmp_path):
+    save(tmp_path, 100)
+    save(tmp_path, 90)
+    place = save(tmp_path, 5, start=next_start(tmp_path / "resume"))
+    assert find_point(output(tmp_path), quiet).path == place
+    (place / "resume.json").write_text("{")
+    assert find_point(output(tmp_path), [].append).progress.step == 100
+
+
+def test_a_point_takes_the_place_of_one_of_the_same_step(tmp_path):
+    save(tmp_path, 5, rows=1)
+    place = save(tmp_path, 5, rows=2)
+    assert replace_points(tmp_path / "resume", [], lambda: save(tmp_path, 5, rows=3)) == [place]
+    assert find_point(output(tmp_path), quiet).progress.rows == 3
+    assert list(place.parent.iterdir()) == [place]
 
 
 def test_what_a_crash_left_of_a_rename_is_no_point(tmp_path):

@@ -138,6 +138,20 @@ def test_a_run_saved_in_the_background_goes_on_bit_for_bit(train, tmp_path, monk
     assert same(tmp_path / "straight" / "rwkv-0.pth", tmp_path / "run" / "rwkv-0.pth")
 
 
+def test_a_run_begun_anew_goes_on_although_a_crash_left_the_points_of_the_one_before(train, tmp_path, monkeypatch):
+    values = {"epoch_steps": 6, "epoch_count": 1, "save_steps": 1}
+    train(**values)
+    old = tmp_path / "run" / "resume" / "step-00000006"
+    shutil.copytree(old, tmp_path / "old")
+    with monkeypatch.context() as patched:
+        after_step(patched, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        train(**values, resume="none")
+    shutil.copytree(tmp_path / "old", old)
+    _, _, lines = train(**values)
+    assert any("going on from" in line and "step-00000002" in line for line in lines)
+    assert steps_of_points(tmp_path / "run") == [5, 6]
+
+
 def test_what_goes_wrong_in_the_background_ends_the_run(train, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError

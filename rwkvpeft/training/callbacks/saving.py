@@ -20,6 +20,7 @@ from rwkvpeft.training.checkpoints import Checkpoints
 from rwkvpeft.training.module import RunProgress, RwkvModule
 from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.optimizers.schedule_free import averaged
+from rwkvpeft.training.point_order import next_start
 from rwkvpeft.training.resume import (
     ResumePoint,
     Standing,
@@ -83,6 +84,7 @@ class Saving(pl.Callback):
         self._point = point
         self._report = report
         self._written = [] if point is None else [point.path]
+        self._start = 0
         self._lost: NotWrittenError | None = None
         self._asked_to_stop = asked_to_stop
         self.stopped = False
@@ -95,6 +97,7 @@ class Saving(pl.Callback):
         assert isinstance(pl_module, RwkvModule)
         _check_together(trainer, pl_module)
         if trainer.is_global_zero:
+            self._start = next_start(self._folder)
             for partial in self._folder.parent.glob(".*.partial-*"):
                 # what cannot be removed is in nobody's way
                 with contextlib.suppress(OSError):
@@ -174,7 +177,12 @@ class Saving(pl.Callback):
 
     def _write_point(self, tensors: dict[str, Tensor], progress: RunProgress, last: bool) -> None:
         standing = Standing(
-            progress, self._essentials, self._split, tuple(self._checkpoints.written), tuple(self._checkpoints.owed)
+            progress,
+            self._essentials,
+            self._split,
+            checkpoints=tuple(self._checkpoints.written),
+            owed=tuple(self._checkpoints.owed),
+            start=self._start,
         )
         try:
             self._written = replace_points(
