@@ -35,7 +35,7 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     },
     "optimizer": {"weight_decay": 0, "grad_clip": 0, "logit_penalty": 0},
     "runtime": {"devices": 1, "num_nodes": 1},
-    "output": {"epoch_save": 0, "save_steps": 0},
+    "output": {"epoch_save": 0, "save_steps": 0, "step_save": 0, "keep": 0},
     "faults": {"peer_timeout": 5, "skip_broken": 0, "spike": 0, "read_timeout": 0},
 }
 

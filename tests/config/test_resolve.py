@@ -155,3 +155,9 @@ def test_what_a_run_writes_can_be_fed_back(tmp_path):
     again, remarks = resolve(parse_train(["--config", str(tmp_path / "config.yaml")]), CPU)
     assert dataclasses.asdict(again) == dataclasses.asdict(config)
     assert remarks == []
+
+
+@pytest.mark.parametrize("name", ["epoch_save", "save_steps", "step_save", "keep"])
+def test_checkpoints_are_not_counted_below_none(name):
+    with pytest.raises(UserError, match=f"--{name} is too small"):
+        resolved(**{name: -1})
