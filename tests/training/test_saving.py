@@ -92,6 +92,11 @@ def test_checkpoints_by_steps_rotate_with_those_of_mini_epochs(train, tmp_path):
     assert load_recipe(tmp_path / "run" / "rwkv-step-6.pth").step == 6
 
 
+def test_the_last_mini_epoch_outlives_the_checkpoint_of_the_same_step(train, tmp_path):
+    train(epoch_steps=2, epoch_count=2, epoch_save=1, step_save=4, keep=1)
+    assert names(tmp_path / "run") == ["rwkv-1.json", "rwkv-1.pth"]
+
+
 def test_the_adapter_beside_a_merged_model_goes_with_it(train, tmp_path):
     train(**EVERY, **LORA, epoch_count=3, merge=1, keep=1)
     assert names(tmp_path / "run") == ["rwkv-2-adapter.pth", "rwkv-2.json", "rwkv-2.pth"]

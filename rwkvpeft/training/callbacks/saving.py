@@ -121,10 +121,11 @@ class Saving(pl.Callback):
         # all devices stop at the same step, whichever of them got the signal
         stop = trainer.strategy.reduce_boolean_decision(self._asked_to_stop(), all=False)
         whole, done, occasions = pl_module.mini_epoch_whole, pl_module.run_done, self._occasions
-        if whole and self._checkpoint_is_due(trainer, pl_module):
-            self._save(trainer, pl_module, last=self._is_last(trainer))
+        # before that of the mini-epoch, which --keep 1 is to leave
         if _falls_on(occasions.step_save, record.step):
             self._save(trainer, pl_module, name=f"step-{record.step}")
+        if whole and self._checkpoint_is_due(trainer, pl_module):
+            self._save(trainer, pl_module, last=self._is_last(trainer))
         if occasions.final and done:
             self._save(trainer, pl_module, name="final", last=True)
         # another callback may have ended the run
