@@ -19,6 +19,7 @@ from rwkvpeft.data.binidx import write_binidx
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.rwkv7 import Rwkv7
 from rwkvpeft.models.shape import new_shape
+from rwkvpeft.training.strategies.deepspeed import DeepSpeed
 from rwkvpeft.training.strategies.deepspeed_settings import deepspeed_settings, fit_buckets
 
 pytest.importorskip("deepspeed")
@@ -162,3 +163,12 @@ def test_a_deepspeed_file_that_cannot_be_honoured_is_refused(tmp_path, text, rea
     path.write_text(text)
     with pytest.raises(UserError, match=reason):
         deepspeed_settings(settle(path), "cpu")
+
+
+@pytest.mark.parametrize("section", [{"reduce_bucket_size": "lots"}, {"reduce_bucket_size": -1}, {"overlap_com": True}])
+def test_a_section_that_deepspeed_does_not_take_is_refused_by_the_name_of_its_setting(tmp_path, section):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": section}))
+    with pytest.raises(UserError, match="does not take") as caught:
+        DeepSpeed(settle(path)).strategy()
+    assert next(iter(section)) in caught.value.render()

@@ -51,6 +51,7 @@ class DeepSpeed(Sharing):
         """Lightning's own, which asks for a GPU, taught to use CPUs too."""
         settings = deepspeed_settings(self.config, self.device_type)
         quiet_import(self.device_type)
+        _check_section(self.config.runtime.ds_config, settings["zero_optimization"])
         return ZeroStrategy(config=settings, exclude_frozen_parameters=True)
 
     def precision(self) -> Any:
@@ -185,6 +186,18 @@ def quiet_import(device_type: str) -> ModuleType:
     # locked for ever
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_section(path: str, zero: Mapping[str, Any]) -> None:
+    """Raises: UserError if DeepSpeed does not take what ``--ds_config`` makes of its largest section."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as reason:
+        # pydantic's: a first line that counts, then a name, and what is wrong with it
+        found = " ".join(line.strip() for line in str(reason).splitlines()[1:3])
+        raise UserError(f"--ds_config {path}: DeepSpeed does not take its zero_optimization", found=found) from reason
 
 
 def _split_weights(model: nn.Module, settings: dict[str, Any]) -> None:
