@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,17 +132,22 @@ def end_lines(config: TrainConfig, base: Base, result: FitResult) -> list[str]:
     if newest is None:
         return lines
     lines.append(f"result    {newest}")
-    model = base.path
+    model, quoted = base.path, _word(newest)
     if _kind(config) == "none" or config.method.merge:
-        lines.append(f"try it    python -m rwkvpeft.generate --model {newest} --prompt '...'")
+        lines.append(f"try it    python -m rwkvpeft.generate --model {quoted} --prompt '...'")
         return lines
     option = "--state" if _kind(config) == "state" else "--adapter"
-    lines.append(f"try it    python -m rwkvpeft.generate --model {model} {option} {newest} --prompt '...'")
+    lines.append(f"try it    python -m rwkvpeft.generate --model {_word(model)} {option} {quoted} --prompt '...'")
     if base.packed.quant != "none":
         # merging needs the weights that this file was made of
         model = "ORIGINAL.pth"
-    lines.append(f"merge it  python merge.py --base_model {model} --checkpoint {newest} --output MERGED.pth")
+    lines.append(f"merge it  python merge.py --base_model {_word(model)} --checkpoint {quoted} --output MERGED.pth")
     return lines
+
+
+def _word(path: object) -> str:
+    """A path as a shell takes it, whatever is in its name."""
+    return shlex.quote(str(path))
 
 
 def evaluation_lines(config: TrainConfig, history: History) -> list[str]:
