@@ -122,12 +122,12 @@ def refuse_if_too_large(
     ways = cheapest_ways(config, need_of, weights_first=weights_first)
     raise UserError(
         "this run cannot fit into memory",
-        found=f"{_gb(available)} GB there",
-        expected=f"at least {_gb(need.total)} GB: weights {_gb(need.weights)}, optimizer {_gb(need.optimizer)}, "
+        found=f"{_gb(available)} there",
+        expected=f"at least {_gb(need.total)}: weights {_gb(need.weights)}, optimizer {_gb(need.optimizer)}, "
         f"and gradients {_gb(need.gradients)} or activations {_gb(need.activations)} and logits {_gb(need.logits)}",
         fix=", or ".join(ways) or "a smaller model",
     )
 
 
 def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f}"
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
