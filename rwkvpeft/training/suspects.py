@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import fmean
 
@@ -80,10 +80,20 @@ class Suspects:
         mean = loss / tokens if tokens else math.nan
         return round(mean, 4) if math.isfinite(mean) else None
 
+    def _not_finite(self, tensors: Mapping[str, Tensor | None]) -> list[str]:
+        """Those that are not on some process, whichever part of them it holds. Collective."""
+        trainer = self._data.trainer
+        assert trainer is not None
+        parts = [None if tensor is None else self._sharing.part(tensor) for tensor in tensors.values()]
+        broken = [part is not None and not bool(torch.isfinite(part).all()) for part in parts]
+        here = torch.tensor(broken, dtype=torch.float32, device=trainer.strategy.root_device)
+        counts = trainer.strategy.reduce(here, reduce_op="sum")
+        return [name for name, count in zip(tensors, counts.tolist(), strict=True) if count]
+
     def diagnosis(
         self, step: int, *, found: str, in_a_row: int, documents: Sequence[str], losses: Sequence[float]
     ) -> UserError:
-        """The error that ends a run whose steps cannot be taken.
+        """The error that ends a run whose steps cannot be taken. Collective.
 
         Args:
             found: the figures of the step.
@@ -91,9 +101,9 @@ class Suspects:
             documents: of the step.
             losses: of the last steps that were taken.
         """
-        named = list(self._model.named_parameters())
-        weights = _not_finite(named)
-        gradients = _not_finite((name, weight.grad) for name, weight in named if weight.grad is not None)
+        named = dict(self._model.named_parameters())
+        weights = self._not_finite(named)
+        gradients = self._not_finite({name: weight.grad for name, weight in named.items()})
         course, rises = _course(losses)
         count = f", {in_a_row} steps in a row" if in_a_row > 1 else ""
         parts = [
@@ -109,10 +119,6 @@ class Suspects:
             expected="finite numbers",
             fix=_fix(bool(weights), rises),
         )
-
-
-def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    return [name for name, tensor in tensors if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
 
 
 def _course(losses: Sequence[float]) -> tuple[str, bool]:

@@ -43,7 +43,7 @@ def inputs(tmp_path_factory):
 def train(inputs, tmp_path_factory):
     """Run train.py; 6 optimizer steps of 8 rows, whatever the processes. Returns proj_dir."""
 
-    def run(words, *, processes=1, rows=4, folder=None):
+    def run(words, *, processes=1, rows=4, folder=None, fails=False):
         folder = folder or tmp_path_factory.mktemp("run")
         count = 8 // (rows * processes)
         common = f"--load_model {inputs}/m.pth --data_file {inputs}/d --proj_dir {folder} --accelerator cpu"
@@ -52,8 +52,8 @@ def train(inputs, tmp_path_factory):
         command = [sys.executable, str(ROOT / "train.py"), *f"{common} {steps} {dealt} --devices {processes}".split()]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, *words.split()], capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return folder
+        assert bool(done.returncode) == fails, done.stderr[-3000:]
+        return done.stderr if fails else folder
 
     return run
 
@@ -113,6 +113,16 @@ def test_after_an_evaluation_split_weights_are_saved_with_all_their_moments(trai
     assert saved[0].keys() == saved[1].keys()
     for name, tensor in saved[0].items():
         torch.testing.assert_close(saved[1][name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
+def test_a_diagnosis_finds_what_is_broken_in_another_processes_part(inputs, train, strategy):
+    tensors = torch.load(inputs / "m.pth", weights_only=True)
+    tensors["blocks.1.ffn.key.weight"][-1] = torch.nan
+    torch.save(tensors, inputs / "broken.pth")
+    words = f"--load_model {inputs}/broken.pth --peft none --skip_broken 0 --strategy {strategy}"
+    assert "weights not finite: blocks.1.ffn.key.weight;" in train(words, processes=2, fails=True)
 
 
 @pytest.mark.slow

@@ -78,6 +78,10 @@ class Sharing(ABC):
         out."""
         return math.nan
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a weight or its gradient."""
+        return tensor
+
     def run(self, trainer: pl.Trainer, work: Callable[[], Any]) -> Any:
         """Do ``work``, which runs the model outside of a training step. Collective where weights are split."""
         return work()

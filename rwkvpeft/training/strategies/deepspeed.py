@@ -72,6 +72,11 @@ class DeepSpeed(Sharing):
         norm = engine.get_global_grad_norm()
         return float(norm) if engine.was_step_applied() and norm is not None else math.inf
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """Stage 3 leaves an empty weight in the place of its part."""
+        part: Tensor = getattr(tensor, "ds_tensor", tensor)
+        return part
+
     def run(self, trainer: pl.Trainer, work: Callable[[], Any]) -> Any:
         """Stage 3 gathers weights in forward passes of its own wrapper."""
         return trainer.strategy.validation_step(work) if self.splits_weights else work()

@@ -37,6 +37,10 @@ class Fsdp(Sharing):
         """Of the parts on all processes."""
         return _full(super().gradient_norm(trained, largest))
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """An even part of each."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
     def run(self, trainer: pl.Trainer, work: Callable[[], Any]) -> Any:
         """Without a backward pass embedding and head would stay together, as parameters the optimizer does not know."""
         try:
