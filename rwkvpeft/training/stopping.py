@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -80,6 +81,8 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            self._report("stopping after this step; Ctrl-C once more to stop at once, unsaved")
+            # what a signal meets in the middle of another line cannot be written, and must not end the run
+            with contextlib.suppress(RuntimeError):
+                self._report("stopping after this step; Ctrl-C once more to stop at once, unsaved")
         elif number == signal.SIGINT and now - self._first > _SAME_PRESS_SECONDS:
             raise KeyboardInterrupt

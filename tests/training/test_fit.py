@@ -16,6 +16,7 @@ from rwkvpeft.checkpoints.files import load_tensors
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.module import RwkvModule
 from rwkvpeft.training.schedules import cosine
+from rwkvpeft.training.stopping import StopSignals
 
 FULL = {"peft": "none"}
 LORA = {"peft": "lora", "peft_config": {"r": 2, "lora_dropout": 0.3}, "train_parts": ["time", "ln"]}
@@ -223,6 +224,15 @@ def test_a_second_interrupt_aborts(train, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_line_that_cannot_be_written_within_a_signal_ends_no_run():
+    def refuse(line):
+        raise RuntimeError("reentrant call inside a writer of bytes")
+
+    with StopSignals(refuse) as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.asked
 
 
 def test_lightning_adds_no_words_of_its_own(train, capfd, recwarn):
