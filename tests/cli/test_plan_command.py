@@ -66,6 +66,7 @@ def test_an_offloading_strategy_says_what_each_machine_needs(plan):
     assert re.search(r"main memory +59.0\d GB on each machine, for its 8 devices", out)
 
 
+@pytest.mark.slow
 def test_rows_are_cut_into_parts_that_fit(plan):
     words = [*SIZES, "--peft", "lora", "--grad_cp", "1", "--gpu_memory", 10, "--epoch_steps", 10]
     code, out, _ = plan(*words, "--micro_bsz", "auto:32")
@@ -75,6 +76,7 @@ def test_rows_are_cut_into_parts_that_fit(plan):
     assert "it fits" in out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_ways_out(plan):
     code, out, _ = plan(*SIZES, "--gpu_memory", 24)
     assert code == 0
@@ -133,6 +135,7 @@ def test_help_shows_the_flags_of_training(plan):
     assert "--grad_cp" in out
 
 
+@pytest.mark.slow
 def test_debugging_lists_every_program_for_the_recurrence(plan):
     code, out, _ = plan(*SIZES, "--accelerator", "cpu", "--debug")
     assert code == 0

@@ -58,8 +58,15 @@ def to_the_first(run, number):
     run.send_signal(number)
 
 
-@pytest.mark.parametrize("send", [to_the_first, to_all])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGTERM, to_all),
+        (signal.SIGUSR1, to_the_first),
+        pytest.param(signal.SIGTERM, to_the_first, marks=pytest.mark.faults),
+        pytest.param(signal.SIGUSR1, to_all, marks=pytest.mark.faults),
+    ],
+)
 def test_a_scheduler_may_signal_the_process_or_all_of_its_group(begin, tmp_path, number, send):
     run = begin("--num_workers", "1")
     send(run, number)
@@ -72,7 +79,7 @@ def test_a_scheduler_may_signal_the_process_or_all_of_its_group(begin, tmp_path,
     assert seconds < GRACE_SECONDS
 
 
-@pytest.mark.parametrize("send", [to_the_first, to_all])
+@pytest.mark.parametrize("send", [pytest.param(to_the_first, marks=pytest.mark.faults), to_all])
 def test_of_two_processes_either_may_be_told_to_end(begin, tmp_path, send):
     run = begin("--devices", "2", "--strategy", "ddp")
     send(run, signal.SIGTERM)
