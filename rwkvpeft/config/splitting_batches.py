@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 from rwkvpeft.config.findings import Findings
@@ -53,7 +54,8 @@ def in_smallest_parts(config: TrainConfig) -> TrainConfig:
 
 def possible_parts(micro_bsz: int) -> list[int]:
     """The numbers of equal parts that so many rows can be cut into, ascending, 1 among them."""
-    return [parts for parts in range(1, micro_bsz + 1) if micro_bsz % parts == 0]
+    small = [parts for parts in range(1, isqrt(max(micro_bsz, 0)) + 1) if micro_bsz % parts == 0]
+    return sorted({*small, *(micro_bsz // parts for parts in small)})
 
 
 def other_samples(config: TrainConfig) -> str | None:
@@ -123,10 +125,13 @@ def check_splitting(config: TrainConfig, findings: Findings) -> None:
             found=f"--micro_split {AUTO}",
             fix="--micro_split N, where python -m rwkvpeft.plan tells what fits",
         )
-    elif not asked.isdecimal() or int(asked) < 1 or rows % int(asked):
-        parts = ", ".join(str(number) for number in possible_parts(rows))
-        findings.add(
-            f"--micro_split cannot cut {rows} rows into equal parts", found=asked, expected=f"{parts} or {AUTO}"
+    else:
+        parts = [str(number) for number in possible_parts(rows)]
+        findings.check(
+            asked in parts,
+            f"--micro_split cannot cut {rows} rows into equal parts",
+            found=asked[:20],
+            expected=f"{', '.join(parts)} or {AUTO}",
         )
     reason = other_samples(config)
     findings.check(

@@ -78,6 +78,7 @@ def test_rows_that_cannot_be_divided_are_refused() -> None:
 def test_the_possible_parts_are_the_divisors() -> None:
     assert possible_parts(12) == [1, 2, 3, 4, 6, 12]
     assert possible_parts(1) == [1]
+    assert possible_parts(10**10)[-2:] == [10**10 // 2, 10**10]
 
 
 def test_only_similar_lengths_depend_on_the_rows_of_a_batch() -> None:
@@ -115,6 +116,7 @@ def test_auto_may_stand_in_a_file_and_be_read_back(tmp_path: Path) -> None:
         ("--micro_bsz auto --micro_split 2", "chooses the parts itself"),
         ("--micro_bsz 8 --micro_split 3", "1, 2, 4, 8 or auto"),
         ("--micro_bsz 8 --micro_split half", "1, 2, 4, 8 or auto"),
+        pytest.param(f"--micro_bsz 8 --micro_split {'9' * 5000}", "1, 2, 4, 8 or auto", id="5000 digits"),
         ("--micro_bsz auto --length_buckets", "other rows"),
         ("--micro_bsz auto --num_nodes 2", "several machines cannot agree"),
     ],
