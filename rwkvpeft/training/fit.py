@@ -151,6 +151,8 @@ def fit(
             ) from reason
     model.eval()
     saving.conclude()
+    if progress.broken:
+        say(f"warning: steps left out at the end, as not finite: {progress.broken}; the result may be worth nothing")
     return FitResult(progress.step, _mean_loss(progress), saving.stopped, watching.history, watching.gives_up)
 
 

@@ -118,6 +118,11 @@ def test_a_sound_step_between_broken_ones_starts_the_count_anew(train, poisoned_
     assert sum(line.get("skipped", False) for line in lines(tmp_path)) == 6
 
 
+def test_a_run_whose_last_steps_were_left_out_says_so_at_its_end(train, poisoned_base):
+    _, _, said = train(checkpoint=poisoned_base, rows=PoisonedRows(*range(16, 24)), epoch_steps=12, epoch_count=1)
+    assert said[-1].startswith("warning: steps left out at the end, as not finite: 4")
+
+
 def test_the_picture_and_the_report_of_a_run_with_broken_steps_are_written(train, poisoned_base, tmp_path):
     result, _, _ = train(checkpoint=poisoned_base, rows=PoisonedRows(0, 23), epoch_steps=12, epoch_count=1)
     config = settings(proj_dir=str(tmp_path / "run"))
