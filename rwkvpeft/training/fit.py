@@ -387,6 +387,8 @@ def _quiet_lightning() -> Generator[None, None, None]:
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
         # what DeepSpeed still calls
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        # a block's state has views of its activations, which nothing writes to
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
