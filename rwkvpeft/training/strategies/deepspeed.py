@@ -159,6 +159,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         if self.zero_stage_3:
             _split_weights(model, self.config)
+            # buffers, which DeepSpeed takes to be there; and the module learns its device
+            model.to(self.root_device)
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
 

@@ -97,8 +97,8 @@ class ShardingStrategy(DDPStrategy):
         fully_shard(model, mesh=mesh)
         # what objectives and evaluations call
         register_fsdp_forward_method(model, "hidden")
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(self.root_device)
+        # buffers; and the module learns its device
+        self.lightning_module.to(self.root_device)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
