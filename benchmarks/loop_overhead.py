@@ -30,7 +30,8 @@ from rwkvpeft.data.dataset import open_dataset
 from rwkvpeft.models.rwkv7 import Rwkv7
 from rwkvpeft.models.shape import ModelShape, new_shape
 from rwkvpeft.ops.wkv7.chunked import BACKEND
-from rwkvpeft.training import fit as fitting
+from rwkvpeft.training import make_module as making
+from rwkvpeft.training.fit import fit
 from rwkvpeft.training.module import RwkvModule
 
 
@@ -108,11 +109,11 @@ def measure(shape: ModelShape, steps: int, tokens: int) -> dict[str, float]:
         config = settings(folder, steps, tokens)
         rows = open_dataset(config.data, ctx_len=tokens, vocab_size=shape.vocab_size, seed=1)
         data = TrainingData(rows, schedule=config.schedule, data=config.data, seed=1)
-        original, fitting.RwkvModule = fitting.RwkvModule, Watched
+        original, making.RwkvModule = making.RwkvModule, Watched
         try:
-            fitting.fit(model=model, adapter=None, data=data, config=config, recipe=Recipe("none"), report=len)
+            fit(model=model, adapter=None, data=data, config=config, recipe=Recipe("none"), report=len)
         finally:
-            fitting.RwkvModule = original
+            making.RwkvModule = original
     whole = statistics.median(np.diff(ends)[len(ends) // 10 :].tolist())
     parts = {name: clock.median(name) for name in ("forward", "backward", "optimizer", "clipping")}
     return {**parts, "whole": whole}

@@ -218,7 +218,7 @@ def _run_lines(shape: ModelShape, config: TrainConfig, target: Target, work: Wor
 
     from rwkvpeft.cli.plan_time import time_lines
     from rwkvpeft.memory import devices_of
-    from rwkvpeft.training.fit import run_plan
+    from rwkvpeft.training.plan import run_plan
 
     schedule, length = config.schedule, config.data.ctx_len or 1
     devices = devices_of(config.runtime)

@@ -17,9 +17,9 @@ from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.training.callbacks.watching import Watched
 from rwkvpeft.training.devices import find_device
 from rwkvpeft.training.essentials import check_essentials, essential_settings
-from rwkvpeft.training.fit import run_plan
 from rwkvpeft.training.module import RunPlan
 from rwkvpeft.training.optimizers.contract import find_optimizer
+from rwkvpeft.training.plan import run_plan
 from rwkvpeft.training.resume import find_point
 from rwkvpeft.training.strategies.build import build_sharing
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from lightning_utilities.core.rank_zero import rank_zero_only
-from pytorch_lightning.utilities.warnings import PossibleUserWarning
-from tqdm import tqdm
 
-from rwkvpeft.adapters.base import Adapter, Rates
+from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
@@ -25,7 +18,6 @@ from rwkvpeft.data.file_array import FileChanged
 from rwkvpeft.data.read_watch import ReadWatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
-from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.callbacks.data_files import DataFiles
@@ -35,20 +27,17 @@ from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.callbacks.saving import Occasions, Saving, mean_loss, write_owed
 from rwkvpeft.training.callbacks.watching import Watched, Watching
 from rwkvpeft.training.checkpoints import Checkpoints, of_earlier_runs
-from rwkvpeft.training.devices import find_device, matmul_precision, place_model
+from rwkvpeft.training.devices import matmul_precision, place_model
 from rwkvpeft.training.essentials import check_essentials, essential_settings, split_of, what_splits_otherwise
 from rwkvpeft.training.fault_log import FaultLog
-from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
 from rwkvpeft.training.history import History
-from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
-from rwkvpeft.training.optimizers.contract import find_optimizer
+from rwkvpeft.training.make_module import make_guard, make_module
+from rwkvpeft.training.module import RunPlan, RunProgress
+from rwkvpeft.training.plan import epochs_left, first_progress, run_plan
 from rwkvpeft.training.resume import ResumePoint, find_point, restore_parameters, resume_folder
-from rwkvpeft.training.schedules import build_schedule, steps_per_epoch, steps_to_tokens, weight_decay_at
-from rwkvpeft.training.step_guard import StepGuard
+from rwkvpeft.training.speaking import is_first_process, quiet_lightning, spoken_once
 from rwkvpeft.training.stopping import StopSignals, end_process
 from rwkvpeft.training.strategies.build import build_sharing
-from rwkvpeft.training.strategies.contract import Sharing
-from rwkvpeft.training.suspects import Suspects
 from rwkvpeft.training.writer import Writer
 
 
@@ -92,7 +81,7 @@ def fit(
     Raises: UserError if the machine lacks what the settings ask for, a resume point belongs to other settings,
         training diverges, or what the run ends with cannot be written. KeyboardInterrupt after a second Ctrl-C.
     """
-    say = _quietly_shared(report)
+    say = spoken_once(report)
     sharing = build_sharing(config)
     _freeze_unread(model)
     precision = config.runtime.precision or "fp32"
@@ -100,25 +89,25 @@ def fit(
     plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), begun)
     essentials = essential_settings(config, recipe, plan)
     point = _resume(model, config, essentials, say)
-    progress = _first_progress(config, plan) if point is None else point.progress
-    epochs_left = _epochs_left(config, plan, progress)
+    progress = first_progress(config, plan) if point is None else point.progress
+    left = epochs_left(config, plan, progress)
     checkpoints = _checkpoints(config, adapter, recipe, say)
     if point is not None and point.is_of(config.output):
         checkpoints.written = list(point.standing.checkpoints)
     reads = _read_watch(config, say)
     watching = Watching(watched or Watched(), config.evaluation, Path(config.output.proj_dir), progress.step,
                         checkpoints, say, reads.waiting)
-    faults = FaultLog(Path(config.output.proj_dir), say, _is_first_process)
-    guard = _guard(model, data, config, progress, sharing, faults)
-    if epochs_left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
+    faults = FaultLog(Path(config.output.proj_dir), say, is_first_process)
+    guard = make_guard(model, data, config, progress, sharing, faults)
+    module = make_module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
+    if left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
         if point is not None and point.standing.owed:
-            module = _module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
             write_owed(point, module, checkpoints)
         more = "; a larger --early_stop goes on" if watching.gives_up else ""
         say(f"the run in {config.output.proj_dir} is complete; --resume none starts it anew{more}")
+        model.eval()
         return FitResult(progress.step, _mean_loss(progress), False, watching.history, watching.gives_up)
     data.start_batch = plan.batches_in(progress.rows)
-    module = _module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
     data.waiting = reads.waiting
     signals = StopSignals(say)
     saving = _saving(config, checkpoints, plan, essentials, point, say, lambda: signals.asked)
@@ -127,11 +116,11 @@ def fit(
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
         callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send, say))
-    with _quiet_lightning(), matmul_precision(precision):
+    with quiet_lightning(), matmul_precision(precision):
         trainer = pl.Trainer(
             **sharing.trainer_arguments(),
             **_FIXED,
-            max_epochs=epochs_left,
+            max_epochs=left,
             accumulate_grad_batches=plan.accumulate_grad_batches,
             gradient_clip_val=config.optimizer.grad_clip or None,
             callbacks=[*also, *callbacks],
@@ -139,21 +128,27 @@ def fit(
         )
         signals.keep_from(trainer)
         faults.open(progress.step)
-        try:
-            with signals, reads:
-                trainer.fit(module, datamodule=data)
-        except SystemExit as reason:
-            # how Lightning ends after a KeyboardInterrupt
-            raise KeyboardInterrupt from reason
-        except FileChanged as reason:
-            raise UserError(
-                f"step {progress.step + 1}: {reason.what}", found=reason.found, expected=reason.expected, fix=reason.fix
-            ) from reason
+        with signals, reads, _in_our_words(progress):
+            trainer.fit(module, datamodule=data)
     model.eval()
     saving.conclude()
     if progress.broken:
         say(f"warning: steps left out at the end, as not finite: {progress.broken}; the result may be worth nothing")
     return FitResult(progress.step, _mean_loss(progress), saving.stopped, watching.history, watching.gives_up)
+
+
+@contextmanager
+def _in_our_words(progress: RunProgress) -> Generator[None, None, None]:
+    """Give what ends a run from inside Lightning the form that this package's errors have."""
+    try:
+        yield
+    except SystemExit as reason:
+        # how Lightning ends after a KeyboardInterrupt
+        raise KeyboardInterrupt from reason
+    except FileChanged as reason:
+        raise UserError(
+            f"step {progress.step + 1}: {reason.what}", found=reason.found, expected=reason.expected, fix=reason.fix
+        ) from reason
 
 
 # what Lightning would add of its own: this package has its own files, bar and resume points
@@ -169,127 +164,12 @@ _FIXED: dict[str, Any] = {
 }
 
 
-def _module(
-    model: Rwkv,
-    adapter: Adapter | None,
-    config: TrainConfig,
-    plan: RunPlan,
-    progress: RunProgress,
-    sharing: Sharing,
-    guard: StepGuard,
-    loss_rows: RowChoice | RowProgram,
-    say: Callable[[str], None],
-) -> RwkvModule:
-    """The training loop's inside, as the settings want it."""
-    keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
-    if keeps_rate:
-        say(f"{config.optimizer.optim}: the learning rate does not fall; --lr_schedule and --lr_final are not used")
-    graphs = _graphs(config, model, say)
-    return RwkvModule(
-        model.train(),
-        # to count the rows that are trained would make the processor wait, which no recording can
-        build_objective(config, compact=graphs is None, rows=loss_rows),
-        schedule=build_schedule(
-            # the data may have told how many mini-epochs the tokens take
-            replace(config.schedule, epoch_count=plan.epoch_count),
-            epoch_steps=plan.epoch_steps,
-            keeps_rate=keeps_rate,
-            batch_tokens=_batch_tokens(config),
-            begun=plan.begun_steps,
-        ),
-        optimizer=config.optimizer,
-        plan=plan,
-        progress=progress,
-        sharing=sharing,
-        guard=guard,
-        train_stage=config.schedule.train_stage,
-        decay=_decay(config, plan),
-        seed=config.runtime.random_seed,
-        scaled_gradients=config.runtime.precision == "fp16",
-        rates=None if adapter is None else _rates(model, adapter).get,
-        after_step=None if adapter is None else partial(adapter.after_step, model),
-        graphs=graphs,
-        report=say,
-    )
-
-
-def _guard(
-    model: Rwkv, data: TrainingData, config: TrainConfig, progress: RunProgress, sharing: Sharing, faults: FaultLog
-) -> StepGuard:
-    chunk = config.long_context.chunk_ctx if config.long_context.infctx else None
-    suspects = Suspects(model, data, sharing, chunk=chunk, seed=config.runtime.random_seed)
-    return StepGuard(
-        progress, skip=config.faults.skip_broken, spike=config.faults.spike, suspects=suspects, log=faults
-    )
-
-
 def _read_watch(config: TrainConfig, say: Callable[[str], None]) -> ReadWatch:
     def end(message: str) -> None:
         fix = "look at the file system, then the same command goes on; --read_timeout, in seconds, waits longer"
         end_process(UserError(message, fix=fix).render())
 
     return ReadWatch(config.data.data_file, say, config.faults.read_timeout, end)
-
-
-def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:
-    if not config.runtime.cuda_graph:
-        return None
-    reason = why_not(config.runtime, config.data, model, find_device(config.runtime))
-    if reason is None:
-        return CudaGraphs()
-    report(f"--cuda_graph: steps are not replayed: {reason}")
-    return None
-
-
-def _rates(model: Rwkv, adapter: Adapter) -> dict[str, Rates | None]:
-    """Rates of the trained parameters by their names in the model; adapters know them by their names in files."""
-    names = {id(tensor): name for name, tensor in adapter.trained_tensors(model).items()}
-    return {
-        name: adapter.rates(names.get(id(parameter), name))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def run_plan(config: TrainConfig, epoch_steps: int, begun: int = 0) -> RunPlan:
-    """How long a run is whose mini-epochs have ``epoch_steps`` batches, ``begun`` of them done by earlier runs."""
-    schedule = config.schedule
-    epoch_count = schedule.epoch_count
-    last_step = steps_to_tokens(schedule, epoch_steps=epoch_steps, batch_tokens=_batch_tokens(config))
-    if last_step is not None:
-        per_epoch = steps_per_epoch(epoch_steps, schedule.accumulate_grad_batches)
-        epoch_count = min(epoch_count, math.ceil(last_step / per_epoch))
-    return RunPlan(
-        epoch_steps=epoch_steps,
-        epoch_count=max(epoch_count, 0),
-        accumulate_grad_batches=schedule.accumulate_grad_batches,
-        rows_at_once=_rows_at_once(config),
-        epoch_begin=schedule.epoch_begin,
-        last_step=last_step,
-        begun=begun,
-    )
-
-
-def _first_progress(config: TrainConfig, plan: RunPlan) -> RunProgress:
-    """Where a run begins that has not been saved yet."""
-    rows = plan.begun * plan.epoch_steps * plan.rows_at_once
-    return RunProgress(step=plan.begun_steps, rows=rows, tokens=rows * (config.data.ctx_len or 1))
-
-
-def _batch_tokens(config: TrainConfig) -> int:
-    """Positions of one batch on all devices, as RWKV-LM counts tokens."""
-    return _rows_at_once(config) * (config.data.ctx_len or 1)
-
-
-def _rows_at_once(config: TrainConfig) -> int:
-    return config.schedule.micro_bsz * config.runtime.devices * config.runtime.num_nodes
-
-
-def _decay(config: TrainConfig, plan: RunPlan) -> Callable[[int], float]:
-    warmup = config.schedule.warmup_steps if config.schedule.lr_schedule == "exp" else None
-    return partial(
-        weight_decay_at, total_steps=plan.total_steps, config=config.optimizer, exponential_from=warmup
-    )
 
 
 def _resume(
@@ -308,11 +188,6 @@ def _resume(
     if remark is not None:
         report(remark)
     return point
-
-
-def _epochs_left(config: TrainConfig, plan: RunPlan, progress: RunProgress) -> int:
-    epochs = min(plan.epoch_count, config.schedule.my_exit - plan.epoch_begin + 1)
-    return math.ceil((epochs * plan.epoch_steps - plan.batches_in(progress.rows)) / plan.epoch_steps)
 
 
 def _checkpoints(
@@ -360,39 +235,3 @@ def _freeze_unread(model: Rwkv) -> None:
 def _mean_loss(progress: RunProgress) -> float | None:
     found = mean_loss(progress)
     return progress.loss if found is None else found
-
-
-def _quietly_shared(report: Callable[[str], None]) -> Callable[[str], None]:
-    """Only the first process speaks, and never into a progress bar."""
-
-    def say(text: str) -> None:
-        if _is_first_process():
-            with tqdm.external_write_mode():
-                report(text)
-
-    return say
-
-
-def _is_first_process() -> bool:
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-
-@contextmanager
-def _quiet_lightning() -> Generator[None, None, None]:
-    """Keep Lightning's advice (workers, devices, loggers) from the user; errors pass."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PossibleUserWarning)
-        warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
-        # what DeepSpeed still calls
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-        # a block's state has views of its activations, which nothing writes to
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -203,7 +203,7 @@ def test_a_gpu_that_is_not_there(mistake):
 
 
 def test_a_document_that_no_memory_holds(mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkvpeft.memory.least.total_memory", lambda device_type: 20_000_000)
+    monkeypatch.setattr("rwkvpeft.memory.machine.total_memory", lambda device_type: 20_000_000)
     write_binidx(tmp_path / "long", [np.array([1, 2, 0]), np.array([1] * 50_000 + [0])])
     words = ["--data_file", tmp_path / "long", "--peft", "state", "--dataload", "only", "--micro_bsz", "1"]
     assert "cannot fit into memory" in mistake(*words, "--ctx_len", "1000000")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkvpeft.adapters.lora import LoraLinear
 from rwkvpeft.config.groups import DataConfig, RuntimeConfig
 from rwkvpeft.models.layers import Linear
-from rwkvpeft.training import fit as fit_module
+from rwkvpeft.training import make_module as made
 from rwkvpeft.training.graphed_step import GraphedStep, why_not
 
 
@@ -169,8 +169,8 @@ UNEVEN = {"epoch_steps": 5, "epoch_count": 2, "accumulate_grad_batches": 2, "log
 def test_a_replayed_run_trains_like_any_other(train, tmp_path, monkeypatch, method):
     _, expected, _ = train(folder="plain", **UNEVEN, **method)
     graphs = Again()
-    monkeypatch.setattr(fit_module, "why_not", lambda *_: None)
-    monkeypatch.setattr(fit_module, "CudaGraphs", lambda: graphs)
+    monkeypatch.setattr(made, "why_not", lambda *_: None)
+    monkeypatch.setattr(made, "CudaGraphs", lambda: graphs)
     _, model, lines = train(folder="replayed", cuda_graph=True, **UNEVEN, **method)
     assert graphs.replays == 7
     assert not [line for line in lines if "cuda_graph" in line]
@@ -222,8 +222,8 @@ def test_a_replayed_step_never_waits_for_the_device(train, monkeypatch, method):
             return replay
 
     graphs = Watched()
-    monkeypatch.setattr(fit_module, "why_not", lambda *_: None)
-    monkeypatch.setattr(fit_module, "CudaGraphs", lambda: graphs)
+    monkeypatch.setattr(made, "why_not", lambda *_: None)
+    monkeypatch.setattr(made, "CudaGraphs", lambda: graphs)
     train(cuda_graph=True, logit_penalty=1e-4, **method)
     assert graphs.replays
     assert not waits.found
