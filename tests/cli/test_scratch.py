@@ -39,10 +39,10 @@ def lose_power(step):
 
     whole = Saving._save_point
 
-    def save_point(self, trainer, module):
+    def save_point(self, trainer, module, **told):
         if module.progress.step == step:
             raise ConnectionAbortedError
-        whole(self, trainer, module)
+        whole(self, trainer, module, **told)
 
     return save_point
 

@@ -187,7 +187,7 @@ def show(tally):
     known = set()
     for seed, trace in tally.findings:
         places = [line for line in trace.splitlines() if line.startswith("  File")] or [""]
-        mark = re.sub(r"[0-9]+", "", places[-1]) + trace.strip().rpartition("\n")[2][:12]
+        mark = re.sub(r"[0-9]+", "", places[-1]) + trace.strip().rpartition("\n")[2][:24]
         if mark not in known:
             print(f"--kind {tally.name} --seed {seed}\n{trace}", file=sys.stderr)
         known.add(mark)
