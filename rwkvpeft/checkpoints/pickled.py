@@ -9,6 +9,7 @@ Source: Python's ``pickletools``; PyTorch's ``torch/_utils.py`` and ``torch/seri
 from __future__ import annotations
 
 import io
+import math
 import pickletools
 import struct
 from collections.abc import Callable, Iterator
@@ -70,10 +71,7 @@ class StoredTensor(NamedTuple):
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 class _Word(NamedTuple):

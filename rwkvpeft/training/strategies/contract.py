@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -114,18 +114,15 @@ class Sharing(ABC):
         del trainer, ends
 
 
-def swapped(model: nn.Module, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """Inside the block these tensors stand in for the parameters of ``model`` of those names."""
-    return _swapped(model, parameters) if parameters else nullcontext()
-
-
 @contextmanager
-def _swapped(model: nn.Module, parameters: Mapping[str, Tensor]) -> Generator[None, None, None]:
+def swapped(model: nn.Module, parameters: Mapping[str, Tensor]) -> Generator[None, None, None]:
+    """Inside the block these tensors stand in for the parameters of ``model`` of those names."""
     places = [(*_place(model, name), tensor) for name, tensor in parameters.items()]
     before = [module._parameters[name] for module, name, _ in places]
     try:
-        for module, name, tensor in places:
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=True)
+        for (module, name, tensor), parameter in zip(places, before, strict=True):
+            trained = parameter is not None and parameter.requires_grad
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
         yield
     finally:
         for (module, name, _), parameter in zip(places, before, strict=True):

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed.fsdp
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.training.optimizers.moments import load_moments
 from rwkvpeft.training.strategies.contract import Sharing, swapped, trained_parameters
@@ -28,6 +30,15 @@ class Fsdp(Sharing):
     """``--strategy fsdp``."""
 
     splits_weights = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        if not hasattr(torch.distributed.fsdp, "fully_shard"):
+            raise UserError(
+                "--strategy fsdp needs PyTorch 2.6 or newer",
+                found=torch.__version__,
+                fix="--strategy deepspeed_stage_3",
+            )
 
     def strategy(self) -> Any:
         """DDP's processes, with the model split instead of wrapped."""
@@ -48,7 +59,7 @@ class Fsdp(Sharing):
         finally:
             assert trainer.lightning_module is not None
             for module in trainer.lightning_module.modules():
-                if isinstance(module, FSDPModule):
+                if isinstance(module, torch.distributed.fsdp.FSDPModule):
                     module.reshard()
 
     @contextmanager
@@ -88,6 +99,8 @@ class ShardingStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Split the model inside the Lightning module."""
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         assert self.lightning_module is not None
         model = self.lightning_module.model
         assert isinstance(model, Rwkv)
