@@ -96,7 +96,18 @@ FORMATS: dict[str, str] = {
 
 OBJECTIVES: dict[str, str] = {
     "language_modelling": "rwkvpeft.objectives.language_modelling:LanguageModelling",
+    "dpo": "rwkvpeft.objectives.preference.dpo:Dpo",
+    "ipo": "rwkvpeft.objectives.preference.ipo:Ipo",
+    "orpo": "rwkvpeft.objectives.preference.orpo:Orpo",
+    "simpo": "rwkvpeft.objectives.preference.simpo:Simpo",
+    "kto": "rwkvpeft.objectives.preference.kto:Kto",
+    "wpo": "rwkvpeft.objectives.preference.wpo:Wpo",
+    "cpo": "rwkvpeft.objectives.preference.cpo:Cpo",
+    "distill": "rwkvpeft.objectives.distillation:Distillation",
+    "grpo": "rwkvpeft.objectives.grpo:Grpo",
 }
+"""What a batch is turned into a loss by: classes with ``build(config, provided)``."""
+
 
 SOURCES: dict[str, str] = {
     "binidx": "rwkvpeft.data.binidx:open_binidx",

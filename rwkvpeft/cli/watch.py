@@ -70,6 +70,7 @@ def make_watched(
         held_out=held_out,
         general=general,
         micro_bsz=config.schedule.micro_bsz,
+        is_own=config.objective.reads != "tokens",
         chunk=long_context.chunk_ctx if long_context.infctx else None,
         prompts=prompts,
         answers_each_time=bool(evaluation.sample_prompts),

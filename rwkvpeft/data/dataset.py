@@ -12,7 +12,8 @@ from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.mixing import MixedDocuments, MixedRows
 from rwkvpeft.data.packing import PackedRows
 from rwkvpeft.data.prime import is_prime, magic_prime
-from rwkvpeft.data.rows import DocumentRows, Joining, Row, RowDataset, WindowRows
+from rwkvpeft.data.row import Joining, Row
+from rwkvpeft.data.rows import DocumentRows, RowDataset, WindowRows
 from rwkvpeft.data.rules import mask_rule
 from rwkvpeft.data.sampling import mix
 from rwkvpeft.data.source import TokenSource

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.data.buckets import Buckets
+from rwkvpeft.data.collate import TokenCollator, Weight, collator_of
 from rwkvpeft.data.read_watch import waited
-from rwkvpeft.data.rows import DocumentDataset, Joining, Row, RowDataset, apart, one_behind_another
+from rwkvpeft.data.row import Row, apart
+from rwkvpeft.data.rows import DocumentDataset, RowDataset
 from rwkvpeft.data.workers import leave_signals, made, worker_died
 from rwkvpeft.errors import ContractError, UserError
-from rwkvpeft.ops.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,15 @@ class TrainLoader:
         """The documents of these batches, those of all ranks: what people find each by, and a batch of it alone."""
         for position in self._places(batches):
             row = self._steps.draw(position)
-            rows = [row] if row.lengths is None else apart(row)
-            for label, alone in zip(self._steps.labels(position), rows, strict=True):
-                yield label, _batch(_join([alone], "alone"), _weight_sum([alone]))
+            labels = self._steps.labels(position)
+            if row.lengths is None or len(labels) > 1:
+                collator = TokenCollator("alone")
+                rows = [row] if row.lengths is None else apart(row)
+            else:
+                # one document that is packed: what belongs to a prompt
+                collator, rows = TokenCollator("packed"), [row]
+            for label, alone in zip(labels, rows, strict=True):
+                yield label, cast(TokenBatch, collator.batch(collator.join([alone]), collator.weigh([alone])))
 
     def _places(self, batches: range) -> Iterator[int]:
         for batch in batches:
@@ -128,18 +135,18 @@ class TrainLoader:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[Any]:
         try:
             for rows_of_batches, step_weight in self._groups():
                 for rows in rows_of_batches:
-                    yield _batch(rows, step_weight)
+                    yield self._steps.collator.batch(rows, step_weight)
         except RuntimeError as reason:
             death = worker_died(reason)
             if death is None:
                 raise
             raise death from reason
 
-    def _groups(self) -> Iterator[tuple[list[Row], float]]:
+    def _groups(self) -> Iterator[tuple[list[Row], Weight]]:
         with self.waiting():
             groups = iter(self._loader)
         for found in waited(groups, self.waiting):
@@ -168,7 +175,7 @@ def worker_arguments(config: DataConfig) -> dict[str, Any]:
 
 def evaluation_batches(
     dataset: RowDataset, micro_bsz: int, rank: int = 0, world_size: int = 1, *, equally_many: bool = False
-) -> Iterator[TokenBatch]:
+) -> Iterator[Any]:
     """All rows once, in the file's order, or by length where they are padded to the longest of a batch; the last batch
     may be short. ``step_weight`` is that of the batch alone.
 
@@ -180,16 +187,17 @@ def evaluation_batches(
     Raises: UserError for rows of different lengths in one batch.
     """
     require_equal_lengths(dataset, micro_bsz)
+    collator = collator_of(dataset)
     order = range(len(dataset))
     if isinstance(dataset, DocumentDataset) and dataset.joining == "padded":
         order = np.argsort(dataset.lengths, kind="stable").tolist()
     for start in range(rank * micro_bsz, len(order), world_size * micro_bsz):
         rows = [dataset.row(index) for index in order[start : start + micro_bsz]]
-        yield _batch(_join(rows, dataset.joining), _weight_sum(rows))
+        yield collator.batch(collator.join(rows), collator.weigh(rows))
     batches = -(-len(order) // micro_bsz)
     if equally_many and batches % world_size and rank >= batches % world_size:
         rows = [row._replace(weights=np.zeros_like(row.weights)) for row in map(dataset.row, order[:micro_bsz])]
-        yield _batch(_join(rows, dataset.joining), 0.0)
+        yield collator.batch(collator.join(rows), 0 * collator.weigh(rows))
 
 
 def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:
@@ -202,26 +210,27 @@ def require_equal_lengths(dataset: RowDataset, micro_bsz: int) -> None:
         )
 
 
-class _Steps(Dataset[tuple[list[Row], float] | UserError]):
+class _Steps(Dataset[tuple[list[Row], Weight] | UserError]):
     """What workers make: the stacked rows of the wanted batches of a group, and the weight of the whole group."""
 
     def __init__(self, dataset: RowDataset, plan: BatchPlan) -> None:
         self.dataset = dataset
         self.plan = plan
+        self.collator = collator_of(dataset)
         self._buckets: Buckets | None = None
         if isinstance(dataset, DocumentDataset) and dataset.joining == "padded":
             self._buckets = Buckets(dataset, plan.micro_bsz * plan.world_size)
 
-    def __getitem__(self, group: Group) -> tuple[list[Row], float] | UserError:
+    def __getitem__(self, group: Group) -> tuple[list[Row], Weight] | UserError:
         return made(lambda: self._make(group))
 
-    def _make(self, group: Group) -> tuple[list[Row], float]:
+    def _make(self, group: Group) -> tuple[list[Row], Weight]:
         rows = {
             batch: [self.draw(position) for position in self.plan.positions(batch)]
             for batch in range(group.start, group.stop)
         }
-        step_weight = sum(_weight_sum(batch) for batch in rows.values())
-        return [_join(rows[batch], self.dataset.joining) for batch in range(group.begin, group.end)], step_weight
+        step_weight = sum(self.collator.weigh(batch) for batch in rows.values())
+        return [self.collator.join(rows[batch]) for batch in range(group.begin, group.end)], step_weight
 
     def draw(self, position: int) -> Row:
         """The row at a position of the run."""
@@ -235,36 +244,6 @@ class _Steps(Dataset[tuple[list[Row], float] | UserError]):
             assert isinstance(self.dataset, DocumentDataset)
             return [self.dataset.label(self._buckets.index(position))]
         return self.dataset.labels(position)
-
-
-def _join(rows: list[Row], joining: Joining) -> Row:
-    """The rows of a batch as one of arrays (B, T), or (1, T) if they are packed."""
-    if joining == "packed":
-        row = one_behind_another(rows)
-        return Row(row.input_ids[None], row.labels[None], row.weights[None], row.lengths)
-    if joining == "padded":
-        longest = max(len(row.input_ids) for row in rows)
-        rows = [_padded(row, longest - len(row.input_ids)) for row in rows]
-    return Row(
-        np.stack([row.input_ids for row in rows]),
-        np.stack([row.labels for row in rows]),
-        np.stack([row.weights for row in rows]),
-    )
-
-
-def _padded(row: Row, padding: int) -> Row:
-    """The row with so many tokens of weight 0 behind it."""
-    return Row(np.pad(row.input_ids, (0, padding)), np.pad(row.labels, (0, padding)), np.pad(row.weights, (0, padding)))
-
-
-def _weight_sum(rows: list[Row]) -> float:
-    return sum(float(row.weights.sum(dtype=np.float64)) for row in rows)
-
-
-def _batch(rows: Row, step_weight: float) -> TokenBatch:
-    input_ids, labels, weights = (torch.from_numpy(array) for array in rows[:3])
-    sequences = None if rows.lengths is None else Sequences(rows.lengths)
-    return TokenBatch(input_ids, labels, weights, torch.tensor(step_weight, dtype=torch.float64), sequences)
 
 
 def _as_it_is(item: Any) -> Any:

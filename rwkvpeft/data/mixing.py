@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkvpeft.data.report import DataReport, MixedPart
-from rwkvpeft.data.rows import DocumentDataset, Row, RowDataset, Sample
+from rwkvpeft.data.row import Row
+from rwkvpeft.data.rows import DocumentDataset, RowDataset, Sample
 
 # finer shares than this are rounded, so that the products below stay within 64 bits
 _FINEST = 10**6

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkvpeft.data.report import DataReport
-from rwkvpeft.data.rows import DocumentDataset, Joining, Row, RowDataset, Sample, one_behind_another
+from rwkvpeft.data.row import Joining, Row, one_behind_another
+from rwkvpeft.data.rows import DocumentDataset, RowDataset, Sample
 from rwkvpeft.data.sampling import mix, permute
 from rwkvpeft.errors import ContractError
 

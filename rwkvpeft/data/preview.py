@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from rwkvpeft.data.rows import Row, RowDataset, apart
+from rwkvpeft.data.row import Row, apart
+from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 
 _BRACKETS = ("⟦", "⟧")

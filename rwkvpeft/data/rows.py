@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkvpeft.data.collate import Collator
 from rwkvpeft.data.report import DataReport
+from rwkvpeft.data.row import Joining, Row
 from rwkvpeft.data.rules import MaskRule
 from rwkvpeft.data.sampling import magic_prime_window, random_start, sample_index, sample_indices
 from rwkvpeft.data.source import TokenSource
@@ -19,23 +20,6 @@ SCANNED_DOCUMENTS = 200_000
 SCANNED_TOKENS = 100_000_000
 
 _ATTEMPTS = 1000
-
-Joining = Literal["equal", "alone", "padded", "packed"]
-"""How rows share a batch: they are equally long; each is a batch alone; they are padded to the longest of them; or they
-lie one behind another, as the documents within them do."""
-
-
-class Row(NamedTuple):
-    """One row: ``input_ids`` and ``labels`` (T,) int64, the label being the next token; ``weights`` (T,) fp32.
-
-    ``lengths`` are the tokens of each document of a packed row; None where nothing tells documents apart.
-    """
-
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    lengths: tuple[int, ...] | None = None
-
 
 class Sample(NamedTuple):
     """A row as a run draws it.
@@ -56,10 +40,12 @@ class RowDataset(ABC):
     Attributes:
         ctx_len: tokens in a row, or the most a row may have.
         joining: how rows share a batch.
+        collator: makes batches of the rows, where these are more than tokens to be predicted; None for those.
         tokenizer: name of the tokenizer that made the tokens.
     """
 
     joining: Joining = "equal"
+    collator: Collator | None = None
     tokenizer = "world"
 
     def __init__(self, ctx_len: int) -> None:
@@ -315,25 +301,6 @@ class WindowRows(RowDataset):
         if self._mask is None:
             return _row(tokens, np.ones(self.ctx_len, dtype=np.float32))
         return _row(tokens, self._mask[start + 1 : start + 1 + self.ctx_len].astype(np.float32))
-
-
-def one_behind_another(rows: Sequence[Row]) -> Row:
-    """One packed row of packed rows and of single documents."""
-    return Row(
-        np.concatenate([row.input_ids for row in rows]),
-        np.concatenate([row.labels for row in rows]),
-        np.concatenate([row.weights for row in rows]),
-        tuple(length for row in rows for length in row.lengths or (len(row.input_ids),)),
-    )
-
-
-def apart(row: Row) -> Iterator[Row]:
-    """The documents of a packed row, each as a row of its own."""
-    start = 0
-    for length in row.lengths or ():
-        part = slice(start, start + length)
-        yield Row(row.input_ids[part], row.labels[part], row.weights[part])
-        start += length
 
 
 def _row(tokens: NDArray[np.integer], weights: NDArray[np.float32]) -> Row:

@@ -30,7 +30,8 @@ from rwkvpeft.memory.outline import (
 from rwkvpeft.memory.sharing import STEP, beside, gradients_at, held, saving
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
-from rwkvpeft.objectives.build import build_objective
+from rwkvpeft.objectives.base import Provided
+from rwkvpeft.objectives.build import stand_in_objective
 from rwkvpeft.registry import OPTIMIZERS, find
 
 _CPU_LOGIT_ROWS = 256
@@ -154,7 +155,7 @@ def dry_step(
     """
     on_cpu = config.runtime.accelerator == "cpu"
     chunk_rows = _CPU_LOGIT_ROWS if on_cpu else None
-    objective = build_objective(config, compact=True, rows="auto", chunk_rows=chunk_rows)
+    objective = stand_in_objective(config, Provided(chunk_rows=chunk_rows))
     schedule = config.schedule
     accumulates = schedule.accumulate_grad_batches > 1
     with without_values(config), watching or nullcontext():

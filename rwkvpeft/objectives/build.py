@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from rwkvpeft.config.groups import TrainConfig
-from rwkvpeft.objectives.base import Objective
+from rwkvpeft.objectives.base import Objective, Provided
 from rwkvpeft.objectives.language_modelling import LanguageModelling
-from rwkvpeft.objectives.long_context import LongContext
-from rwkvpeft.ops.cross_entropy import RowChoice
-from rwkvpeft.ops.cross_entropy_torch import RowProgram
+from rwkvpeft.objectives.long_context import in_chunks
+from rwkvpeft.registry import OBJECTIVES, find
 
 
-def build_objective(
-    config: TrainConfig, *, compact: bool, rows: RowChoice | RowProgram, chunk_rows: int | None = None
-) -> Objective:
-    """Make what turns a batch into a loss.
+def build_objective(config: TrainConfig, provided: Provided) -> Objective:
+    """Make what turns a batch into a loss."""
+    kind = find(OBJECTIVES, config.objective.objective, flag="--objective")
+    objective: Objective = kind.build(config, provided)
+    return objective
 
-    Args:
-        compact, rows, chunk_rows: as of ``LanguageModelling``.
-    """
-    per_token = LanguageModelling(
-        config.optimizer.logit_penalty,
-        chunk_rows,
-        compact=compact,
-        rows=rows,
-        label_smoothing=config.method.label_smoothing,
-        tells_lengths=config.method.neftune_alpha > 0,
-    )
-    long = config.long_context
-    if not long.infctx:
-        return per_token
-    return LongContext(
-        per_token,
-        long.chunk_ctx,
-        exact=long.infctx_grad == "exact",
-        offload=long.infctx_offload,
-        late=config.runtime.precision == "fp16",
-    )
+
+def stand_in_objective(config: TrainConfig, provided: Provided) -> Objective:
+    """What takes about as much memory for a row of tokens as the objective itself, and needs nothing but the tokens."""
+    return in_chunks(LanguageModelling.build_part(config, provided), config)

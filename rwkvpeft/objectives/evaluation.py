@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.objectives.base import Objective
 from rwkvpeft.objectives.language_modelling import LanguageModelling
 
 
@@ -56,6 +57,23 @@ def add_up(model: Rwkv, batches: Iterable[TokenBatch], *, chunk: int | None = No
     return loss, tokens
 
 
+def add_up_own(model: Rwkv, batches: Iterable[Any], objective: Objective) -> dict[str, float]:
+    """What an objective that is not of single tokens finds: sums of its loss and its figures, each batch counted by its
+    weight, and the sum of those, as "loss", by the figures' names, and as "weight"."""
+    device = model.emb.weight.device
+    sums = dict.fromkeys(("loss", *objective.metric_names, "weight"), 0.0)
+    for batch in batches:
+        with torch.no_grad():
+            loss = objective(model, batch.on(device))
+        weight = loss.tokens.item()
+        if weight:
+            found = {"loss": loss.total, **loss.metrics}
+            for name, value in found.items():
+                sums[name] += value.item() * weight
+        sums["weight"] += weight
+    return sums
+
+
 def mean_of(loss: float, tokens: float) -> Evaluation:
     """The mean of what ``add_up`` found. Raises: UserError if nothing has weight."""
     if not tokens:
@@ -75,12 +93,5 @@ def _run(
 
 
 def _parts(batch: TokenBatch, chunk: int | None) -> Iterator[TokenBatch]:
-    length = batch.input_ids.shape[1]
-    if chunk is None or chunk >= length or batch.sequences is not None:
-        yield batch
-        return
-    for start in range(0, length, chunk):
-        here = slice(start, start + chunk)
-        yield batch._replace(
-            input_ids=batch.input_ids[:, here], labels=batch.labels[:, here], weights=batch.weights[:, here]
-        )
+    whole = chunk is None or chunk >= batch.input_ids.shape[1] or batch.sequences is not None
+    return iter([batch]) if whole else batch.cut(chunk or 1)

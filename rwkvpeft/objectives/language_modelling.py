@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.models.layers import Linear
 from rwkvpeft.models.state import RecurrentState
-from rwkvpeft.objectives.base import Loss
+from rwkvpeft.objectives.base import Loss, Objective, Provided
+from rwkvpeft.objectives.long_context import in_chunks
 from rwkvpeft.ops.cross_entropy import RowChoice, head_cross_entropy, linear_cross_entropy
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.quantization.linear import QuantizedLinear
@@ -30,12 +32,31 @@ class LanguageModelling:
         tells_lengths: tell the model how long each row's document is, which NEFTune's noise depends on.
     """
 
+    metric_names: ClassVar[tuple[str, ...]] = ()
+
     logit_penalty: float = 0.0
     chunk_rows: int | None = None
     compact: bool = True
     rows: RowChoice | RowProgram = "auto"
     label_smoothing: float = 0.0
     tells_lengths: bool = False
+
+    @classmethod
+    def build(cls, config: TrainConfig, provided: Provided) -> Objective:
+        """As the settings want it, in chunks of rows if they say so."""
+        return in_chunks(cls.build_part(config, provided), config)
+
+    @classmethod
+    def build_part(cls, config: TrainConfig, provided: Provided) -> LanguageModelling:
+        """As the settings want it, whole rows or a chunk of them at a time."""
+        return cls(
+            config.optimizer.logit_penalty,
+            provided.chunk_rows,
+            compact=provided.compact,
+            rows=provided.rows,
+            label_smoothing=config.method.label_smoothing,
+            tells_lengths=config.method.neftune_alpha > 0,
+        )
 
     def __call__(self, model: Any, batch: TokenBatch, normaliser: Tensor | None = None) -> Loss:
         """Run the model's ``hidden`` on ``batch.input_ids`` and compare with ``batch.labels``.

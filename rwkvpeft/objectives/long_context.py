@@ -20,17 +20,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.data.batches import DistillationBatch, TokenBatch
 from rwkvpeft.errors import ContractError
 from rwkvpeft.models.recompute import draws_random_numbers
 from rwkvpeft.models.state import RecurrentState
-from rwkvpeft.objectives.base import Loss, TokenObjective
+from rwkvpeft.objectives.base import Loss, Objective, TokenObjective
+
+Rows = TokenBatch | DistillationBatch
 
 _AFTER_THE_STATES = ("ln_out.", "head.")
 
@@ -48,13 +51,15 @@ class LongContext:
             third more time: fp16 loses gradients that are not scaled before.
     """
 
+    metric_names: ClassVar[tuple[str, ...]] = ()
+
     inner: TokenObjective
     chunk: int
     exact: bool = False
     offload: bool = False
     late: bool = False
 
-    def __call__(self, model: nn.Module, batch: TokenBatch, normaliser: Tensor | None = None) -> Loss:
+    def __call__(self, model: nn.Module, batch: Rows, normaliser: Tensor | None = None) -> Loss:
         """See ``Objective``. Raises: ContractError for a packed batch, whose documents end where chunks do not."""
         if batch.sequences is not None:
             raise ContractError("a packed row cannot be cut into chunks")
@@ -66,6 +71,20 @@ class LongContext:
             return Loss(cast(Tensor, _Through.apply(work, *work.trained.values())), tokens, {})
         with torch.no_grad():
             return Loss(work.read(len(work.pieces)), tokens, {})
+
+
+def in_chunks(objective: TokenObjective, config: TrainConfig) -> Objective:
+    """The objective over rows of any length, if the settings ask for that."""
+    long = config.long_context
+    if not long.infctx:
+        return objective
+    return LongContext(
+        objective,
+        long.chunk_ctx,
+        exact=long.infctx_grad == "exact",
+        offload=long.infctx_offload,
+        late=config.runtime.precision == "fp16",
+    )
 
 
 class _Through(torch.autograd.Function):
@@ -85,7 +104,7 @@ class _Through(torch.autograd.Function):
 class _Piece(NamedTuple):
     """A chunk of every row, and which part of the rows' positions it is."""
 
-    batch: TokenBatch
+    batch: Rows
     share: float
 
 
@@ -100,7 +119,7 @@ class _Graph(NamedTuple):
 class _Work:
     """One batch on its way through the model, forward and, once, backward."""
 
-    def __init__(self, settings: LongContext, model: nn.Module, batch: TokenBatch, normaliser: Tensor) -> None:
+    def __init__(self, settings: LongContext, model: nn.Module, batch: Rows, normaliser: Tensor) -> None:
         self.settings = settings
         self.model = model
         self.normaliser = normaliser
@@ -250,13 +269,9 @@ class _Around(nn.Module):
         return work()
 
 
-def _pieces(batch: TokenBatch, chunk: int) -> list[_Piece]:
+def _pieces(batch: Rows, chunk: int) -> list[_Piece]:
     tokens = batch.input_ids.shape[1]
-    per_token = zip(*(part.split(chunk, dim=1) for part in batch[:3]), strict=True)
-    return [
-        _Piece(batch._replace(input_ids=ids, labels=labels, weights=weights), ids.shape[1] / tokens)
-        for ids, labels, weights in per_token
-    ]
+    return [_Piece(part, part.input_ids.shape[1] / tokens) for part in batch.cut(chunk)]
 
 
 def _first_trained(names: Iterable[str]) -> int:

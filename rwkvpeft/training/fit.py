@@ -18,8 +18,7 @@ from rwkvpeft.data.file_array import FileChanged
 from rwkvpeft.data.read_watch import ReadWatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
-from rwkvpeft.ops.cross_entropy import RowChoice
-from rwkvpeft.ops.cross_entropy_torch import RowProgram
+from rwkvpeft.objectives.base import Provided
 from rwkvpeft.training.callbacks.data_files import DataFiles
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
@@ -61,7 +60,7 @@ def fit(
     config: TrainConfig,
     recipe: Recipe,
     report: Callable[[str], None],
-    loss_rows: RowChoice | RowProgram = "auto",
+    provided: Provided | None = None,
     watched: Watched | None = None,
     begun: int = 0,
     also: Sequence[pl.Callback] = (),
@@ -74,7 +73,7 @@ def fit(
         config: resolved settings.
         recipe: of the checkpoints to write; step, epoch and loss are filled in.
         report: takes each line of text for the user.
-        loss_rows: what works on the loss's rows of logits.
+        provided: what the objective is made of; ``adapter`` is put in.
         watched: what the run is watched by; None for nothing.
         begun: mini-epochs that earlier runs have done, with whose weights this one begins.
         also: further callbacks; they come first.
@@ -99,7 +98,7 @@ def fit(
                         checkpoints, say, reads.waiting)
     faults = FaultLog(Path(config.output.proj_dir), say, is_first_process)
     guard = make_guard(model, data, config, progress, sharing, faults)
-    module = make_module(model, adapter, config, plan, progress, sharing, guard, loss_rows, say)
+    module = make_module(model, adapter, config, plan, progress, sharing, guard, provided or Provided(), say)
     if left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
         if point is not None and point.standing.owed:
             write_owed(point, module, checkpoints)

@@ -15,7 +15,8 @@ class EvaluationRecord:
     """One evaluation. Losses are in nats a token; None where there are no such data.
 
     ``step`` counts optimizer steps, 0 is the untouched base. ``best``: no trained model before it had so low a
-    ``val_loss``. ``general_loss`` is that of ``--general_data_file``. ``t_cost`` is in seconds.
+    ``val_loss``. ``general_loss`` is that of ``--general_data_file``. ``t_cost`` is in seconds. ``metrics`` are the
+    objective's further figures of the held-out data: where an objective has its own, there is no perplexity.
     """
 
     step: int
@@ -25,16 +26,22 @@ class EvaluationRecord:
     best: bool
     general_loss: float | None
     t_cost: float
+    metrics: dict[str, float] | None = None
 
     def line(self) -> dict[str, Any]:
         """The record as ``val_data.jsonl`` holds it; JSON has no infinity."""
-        values = asdict(self).items()
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values}
+        values = asdict(self)
+        metrics = values.pop("metrics")
+        if metrics is not None:
+            values["metrics"] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        broken = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        return {**values, **dict.fromkeys(broken)}
 
     @classmethod
     def from_line(cls, line: dict[str, Any]) -> EvaluationRecord:
         """Read a line back; keys of later versions are ignored. Raises: KeyError for a missing key."""
-        return cls(**{item.name: line[item.name] for item in fields(cls)})
+        known = {item.name: line[item.name] for item in fields(cls) if item.name != "metrics"}
+        return cls(**known, metrics=line.get("metrics"))
 
 
 class History:
@@ -44,7 +51,14 @@ class History:
         self.records = list(records or [])
 
     def add(
-        self, *, step: int, epoch: int, val_loss: float | None, general_loss: float | None, t_cost: float
+        self,
+        *,
+        step: int,
+        epoch: int,
+        val_loss: float | None,
+        general_loss: float | None,
+        t_cost: float,
+        metrics: dict[str, float] | None = None,
     ) -> EvaluationRecord:
         """Take a new evaluation in and say whether it is the best of the trained model so far."""
         best = self.best
@@ -52,12 +66,13 @@ class History:
             step=step,
             epoch=epoch,
             val_loss=val_loss,
-            perplexity=None if val_loss is None else _exp(val_loss),
+            perplexity=None if val_loss is None or metrics is not None else _exp(val_loss),
             best=step > 0 and val_loss is not None and math.isfinite(val_loss) and (
                 best is None or val_loss < _loss(best)
             ),
             general_loss=general_loss,
             t_cost=t_cost,
+            metrics=metrics,
         )
         self.records.append(record)
         return record

@@ -10,9 +10,8 @@ from rwkvpeft.adapters.base import Adapter, Rates
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.objectives.base import Provided
 from rwkvpeft.objectives.build import build_objective
-from rwkvpeft.ops.cross_entropy import RowChoice
-from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.devices import find_device
 from rwkvpeft.training.fault_log import FaultLog
 from rwkvpeft.training.graphed_step import CudaGraphs, Graphs, why_not
@@ -33,10 +32,10 @@ def make_module(
     progress: RunProgress,
     sharing: Sharing,
     guard: StepGuard,
-    loss_rows: RowChoice | RowProgram,
+    provided: Provided,
     say: Callable[[str], None],
 ) -> RwkvModule:
-    """The Lightning module of a run. ``loss_rows`` is what works on the loss's rows of logits; ``say`` takes a line."""
+    """The Lightning module of a run. ``provided`` is what its objective is made of; ``say`` takes a line."""
     keeps_rate = find_optimizer(config.optimizer.optim).keeps_rate
     if keeps_rate:
         say(f"{config.optimizer.optim}: the learning rate does not fall; --lr_schedule and --lr_final are not used")
@@ -44,7 +43,7 @@ def make_module(
     return RwkvModule(
         model.train(),
         # to count the rows that are trained would make the processor wait, which no recording can
-        build_objective(config, compact=graphs is None, rows=loss_rows),
+        build_objective(config, replace(provided, compact=graphs is None, adapter=adapter)),
         schedule=build_schedule(
             # the data may have told how many mini-epochs the tokens take
             replace(config.schedule, epoch_count=plan.epoch_count),

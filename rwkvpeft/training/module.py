@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from rwkvpeft.adapters.base import Rates
 from rwkvpeft.config.groups import OptimizerConfig
-from rwkvpeft.data.batches import TokenBatch
+from rwkvpeft.data.batches import Batch, TokenBatch
 from rwkvpeft.errors import UserError
 from rwkvpeft.objectives.base import Objective
 from rwkvpeft.training.graphed_step import GraphedStep, Graphs
@@ -25,6 +25,7 @@ from rwkvpeft.training.optimizers.schedule_free import ScheduleFree
 from rwkvpeft.training.parameter_groups import parameter_groups
 from rwkvpeft.training.schedules import Schedule, batches_before, steps_per_epoch, weight_decay_at
 from rwkvpeft.training.step_guard import StepFigures, StepGuard
+from rwkvpeft.training.step_record import StepRecord
 from rwkvpeft.training.strategies.contract import Sharing
 
 
@@ -107,31 +108,6 @@ class RunPlan:
         return within % self.accumulate_grad_batches + 1 == self.group_size(batches)
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step: what ``loss_data.jsonl`` holds.
-
-    ``loss`` is the mean over the step's tokens on all devices, ``weight`` their number (sum of weights), ``tokens``
-    all positions read, padding included. ``grad_norm`` is before clipping. Either is None where it is not finite, and
-    then the step was left out. ``t_cost`` is in seconds.
-    """
-
-    step: int
-    epoch: int
-    loss: float | None
-    lr: float
-    weight_decay: float
-    t_cost: float
-    grad_norm: float | None
-    tokens: int
-    weight: float
-
-    @property
-    def is_left_out(self) -> bool:
-        """Whether the optimizer did not take the step."""
-        return self.loss is None or self.grad_norm is None
-
-
 class RwkvModule(pl.LightningModule):
     """A model, an objective and the order of optimizer steps.
 
@@ -191,15 +167,17 @@ class RwkvModule(pl.LightningModule):
         self._clock = 0.0
         self._loss = torch.zeros(())
         self._weight = torch.zeros(())
+        self._metrics: dict[str, Tensor] = {}
         self._tokens = 0
         self._mean_loss = self._norm = self._step_weight = math.nan
+        self._figures: dict[str, float] = {}
         self._graphed: GraphedStep | None = None
         self._waiting: tuple[tuple[Tensor, ...], int] | None = None
         if graphs is not None:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._graphed = GraphedStep(self._forward_and_backward, trained, graphs, report)
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, normalised so that Lightning's sums and means add up to the step's mean.
 
         Lightning divides by ``accumulate_grad_batches`` and the strategy averages over devices; the normaliser takes
@@ -213,15 +191,18 @@ class RwkvModule(pl.LightningModule):
         weight = self.trainer.strategy.reduce(batch.step_weight, reduce_op="sum")
         shares = group * self.trainer.world_size
         normaliser = weight.where(weight > 0, 1.0) / shares
-        self._weight = weight
-        self._tokens += batch.input_ids.numel()
+        self._weight = weight.flatten()[0]
+        self._tokens += batch.positions
         self.progress.rows += self.plan.rows_at_once
         if self._graphed is not None:
+            assert isinstance(batch, TokenBatch)
             share = torch.full_like(normaliser, 1 / group)
             self._waiting = (batch.input_ids, batch.labels, batch.weights, normaliser, share), group
             return torch.zeros_like(normaliser)
         loss = self.objective(self.model, batch, normaliser)
         self._add_loss(loss.total.detach(), group)
+        for name, value in loss.metrics.items():
+            self._metrics[name] = self._metrics.get(name, torch.zeros_like(value)) + value / group
         return loss.total * (self.plan.accumulate_grad_batches / group)
 
     def _add_loss(self, loss: Tensor, group: int) -> None:
@@ -249,7 +230,7 @@ class RwkvModule(pl.LightningModule):
         """Replays add to gradients where they are."""
         optimizer.zero_grad(set_to_none=self._graphed is None)
 
-    def on_before_batch_transfer(self, batch: TokenBatch, dataloader_idx: int) -> TokenBatch:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Some accelerators have no fp64; and the sum over devices is made in place, so that it needs a copy."""
         return batch._replace(step_weight=batch.step_weight.to(torch.float32, copy=True))
 
@@ -298,7 +279,10 @@ class RwkvModule(pl.LightningModule):
         # one transfer for all figures of the step: each would make the processor wait for the device
         loss = self.trainer.strategy.reduce(self._loss, reduce_op="mean").float()
         known = loss.new_tensor(math.nan) if norm is None else norm.float()
-        self._mean_loss, self._norm, self._step_weight = torch.stack([loss, known, self._weight.float()]).tolist()
+        found = [self.trainer.strategy.reduce(value, reduce_op="mean").float() for value in self._metrics.values()]
+        figures = torch.stack([loss, known, self._weight.float(), *found]).tolist()
+        self._mean_loss, self._norm, self._step_weight = figures[:3]
+        self._figures = dict(zip(self._metrics, figures[3:], strict=True))
         self.sound = math.isfinite(self._mean_loss) and (norm is None or math.isfinite(self._norm))
         if self.trainer.world_size > 1:
             # packed rows and batches of similar lengths differ in tokens from device to device
@@ -339,7 +323,9 @@ class RwkvModule(pl.LightningModule):
             grad_norm=norm if math.isfinite(norm) else None,
             tokens=self._tokens,
             weight=weight,
+            metrics=self._figures,
         )
+        self._metrics = {}
         self._loss = torch.zeros_like(self._loss)
         self._tokens = 0
 

@@ -29,6 +29,7 @@ from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import ContractError
 from rwkvpeft.memory.dry_run import Tally
 from rwkvpeft.models.shape import new_shape
+from rwkvpeft.objectives.base import Provided
 from rwkvpeft.objectives.build import build_objective
 from rwkvpeft.objectives.language_modelling import LanguageModelling
 from rwkvpeft.objectives.long_context import LongContext
@@ -367,9 +368,10 @@ def test_the_settings_choose_the_objective():
     def built(precision="fp32", **long):
         config = TrainConfig(
             ModelConfig(), DataConfig(), ScheduleConfig(), OptimizerConfig(), MethodConfig(),
-            RuntimeConfig(precision=precision), OutputConfig(), LongContextConfig(**long),
+            RuntimeConfig(precision=precision), OutputConfig(),
+            long_context=LongContextConfig(**long),
         )
-        return build_objective(config, compact=True, rows="torch")
+        return build_objective(config, Provided(rows="torch"))
 
     assert isinstance(built(), LanguageModelling)
     truncated = built(infctx=True, chunk_ctx=64)

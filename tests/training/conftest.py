@@ -14,7 +14,7 @@ from rwkvpeft.checkpoints.files import fingerprint, save_tensors
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
-from rwkvpeft.data.rows import Row
+from rwkvpeft.data.row import Row
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import MODELS, find
 from rwkvpeft.training.fit import fit
@@ -27,6 +27,7 @@ class Rows:
 
     varies = False
     joining = "equal"
+    collator = None
 
     def __init__(self, size=24, length=6):
         draw = np.random.default_rng(3)

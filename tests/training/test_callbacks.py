@@ -11,7 +11,8 @@ import pytest
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.callbacks.metrics import draw_loss, start_wandb
 from rwkvpeft.training.callbacks.progress import Progress
-from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule, StepRecord
+from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
+from rwkvpeft.training.step_record import StepRecord
 
 
 def record(step):

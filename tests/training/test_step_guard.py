@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkvpeft.cli.run_report import write_report
-from rwkvpeft.data.rows import Row
+from rwkvpeft.data.row import Row
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.spikes import height
 from rwkvpeft.training.strategies.build import build_sharing

@@ -22,7 +22,8 @@ from rwkvpeft.config.groups import OutputConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.callbacks.lines import LineFile, keep_lines, read_records
 from rwkvpeft.training.history import EvaluationRecord
-from rwkvpeft.training.module import RunProgress, RwkvModule, StepRecord
+from rwkvpeft.training.module import RunProgress, RwkvModule
+from rwkvpeft.training.step_record import StepRecord
 
 _MOST_POINTS = 2000
 
@@ -100,7 +101,8 @@ class Metrics(pl.Callback):
         found = self._evaluation()
         if found is None or found.step != step:
             return {}
-        figures = {"val_loss": found.val_loss, "general_loss": found.general_loss}
+        own = {f"val_{name}": value for name, value in (found.metrics or {}).items()}
+        figures = {"val_loss": found.val_loss, "general_loss": found.general_loss, **own}
         return {name: value for name, value in figures.items() if value is not None}
 
     def _finish_epoch(self, record: StepRecord, progress: RunProgress) -> None:
@@ -110,7 +112,8 @@ class Metrics(pl.Callback):
         held_out = "".join(f" {name} {value:.6f}" for name, value in self._losses(record.step).items())
         line = f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {record.epoch}{held_out}\n"
         self._epochs.write(line)
-        self._report(f"mini-epoch {record.epoch} done: loss {loss:.4f}, perplexity {perplexity:.2f}")
+        more = "" if record.metrics else f", perplexity {perplexity:.2f}"
+        self._report(f"mini-epoch {record.epoch} done: loss {loss:.4f}{more}")
         self._draw()
 
     def _draw(self) -> None:
@@ -147,6 +150,7 @@ class Metrics(pl.Callback):
 
 def _step_line(record: StepRecord) -> dict[str, Any]:
     line = asdict(record)
+    metrics = line.pop("metrics")
     seconds = max(record.t_cost, 1e-9)
     return {
         "step": line.pop("step"),
@@ -156,6 +160,7 @@ def _step_line(record: StepRecord) -> dict[str, Any]:
         "t_cost": line.pop("t_cost"),
         "kt_s": record.tokens / seconds / 1000,
         **line,
+        **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
         **({"skipped": True} if record.is_left_out else {}),
     }
 

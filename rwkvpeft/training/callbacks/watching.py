@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,14 @@ from rwkvpeft.data.prompts import Prompt
 from rwkvpeft.data.read_watch import waited
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.models.backbone import Rwkv
-from rwkvpeft.objectives.evaluation import add_up, mean_of
+from rwkvpeft.objectives.evaluation import add_up, add_up_own, mean_of
 from rwkvpeft.training.callbacks.lines import LineFile, keep_lines, read_records
 from rwkvpeft.training.checkpoints import Checkpoints
 from rwkvpeft.training.history import EvaluationRecord, History
-from rwkvpeft.training.module import RwkvModule, StepRecord
+from rwkvpeft.training.module import RwkvModule
 from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resting import at_rest
+from rwkvpeft.training.step_record import StepRecord
 
 VAL_DATA = "val_data.jsonl"
 SAMPLES = "samples.jsonl"
@@ -41,7 +42,8 @@ class Watched:
     """What a run is watched by. It reads these and trains on none of them.
 
     ``held_out`` is more of what is trained, ``general`` text of another kind, both as rows of which ``micro_bsz`` are
-    worked on at once, ``chunk`` tokens at a time if the rows are longer than memory. ``prompts`` are answered by
+    worked on at once, ``chunk`` tokens at a time if the rows are longer than memory. The held-out loss is that of the
+    run's own objective if it ``is_own``, otherwise that of each token. ``prompts`` are answered by
     ``answer`` before training and at its end, with ``answers_each_time`` at each evaluation.
     """
 
@@ -49,6 +51,7 @@ class Watched:
     general: RowDataset | None = None
     micro_bsz: int = 1
     chunk: int | None = None
+    is_own: bool = False
     prompts: Sequence[Prompt] = ()
     answers_each_time: bool = False
     answer: Callable[[Rwkv, str], str] | None = None
@@ -158,10 +161,12 @@ class Watching(pl.Callback):
         with at_rest(model, module.seed):
             if self._watched.held_out is not None or self._watched.general is not None:
                 began = time.perf_counter()
-                held_out = self._loss(trainer, module, model, self._watched.held_out)
+                held_out, metrics = self._held_out(trainer, module, model)
                 general = self._loss(trainer, module, model, self._watched.general)
                 cost = time.perf_counter() - began
-                found = self.history.add(step=step, epoch=epoch, val_loss=held_out, general_loss=general, t_cost=cost)
+                found = self.history.add(
+                    step=step, epoch=epoch, val_loss=held_out, general_loss=general, t_cost=cost, metrics=metrics
+                )
                 self._tell(found)
             if answers and (trainer.is_global_zero or module.sharing.splits_weights):
                 module.sharing.run(trainer, lambda: self._answer(model, step))
@@ -173,17 +178,31 @@ class Watching(pl.Callback):
         """The mean over all devices, each of which takes every so manieth batch."""
         if dataset is None:
             return None
-        mine = waited(evaluation_batches(
+        mine = self._batches(trainer, module, dataset)
+        found = module.sharing.run(trainer, lambda: add_up(model, mine, chunk=self._watched.chunk))
+        loss, tokens = _over_devices(trainer, model, found)
+        return mean_of(loss, tokens).loss
+
+    def _held_out(
+        self, trainer: pl.Trainer, module: RwkvModule, model: Rwkv
+    ) -> tuple[float | None, dict[str, float] | None]:
+        """The loss, and an objective's further figures."""
+        dataset = self._watched.held_out
+        if dataset is None or not self._watched.is_own:
+            return self._loss(trainer, module, model, dataset), None
+        mine = self._batches(trainer, module, dataset)
+        found = module.sharing.run(trainer, lambda: add_up_own(model, mine, module.objective))
+        sums = dict(zip(found, _over_devices(trainer, model, list(found.values())), strict=True))
+        weight = sums.pop("weight")
+        means = {name: value / max(weight, 1e-9) for name, value in sums.items()}
+        return means.pop("loss"), means
+
+    def _batches(self, trainer: pl.Trainer, module: RwkvModule, dataset: RowDataset) -> Iterator[Any]:
+        batches = evaluation_batches(
             dataset, self._watched.micro_bsz, trainer.global_rank, trainer.world_size,
             equally_many=module.sharing.splits_weights,
-        ), self._waiting)
-        device = model.emb.weight.device
-        # some accelerators have no fp64
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        found = module.sharing.run(trainer, lambda: add_up(model, mine, chunk=self._watched.chunk))
-        totals = torch.tensor(found, dtype=dtype, device=device)
-        loss, tokens = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
-        return mean_of(loss, tokens).loss
+        )
+        return waited(batches, self._waiting)
 
     def _tell(self, found: EvaluationRecord) -> None:
         self._write(0, found.line())
@@ -240,6 +259,16 @@ class Watching(pl.Callback):
         self._files = []
 
 
+def _over_devices(trainer: pl.Trainer, model: Rwkv, here: Sequence[float]) -> list[float]:
+    """Sums over all devices."""
+    device = model.emb.weight.device
+    # some accelerators have no fp64
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    totals = torch.tensor(here, dtype=dtype, device=device)
+    sums: list[float] = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
+    return sums
+
+
 def _is_last(trainer: pl.Trainer, module: RwkvModule) -> bool:
     assert trainer.max_epochs is not None
     return module.run_done or (module.mini_epoch_whole and trainer.current_epoch == trainer.max_epochs - 1)
@@ -248,8 +277,10 @@ def _is_last(trainer: pl.Trainer, module: RwkvModule) -> bool:
 def _line(found: EvaluationRecord, history: History) -> str:
     parts = []
     if found.val_loss is not None:
-        perplexity = math.exp(min(found.val_loss, 700.0))
-        parts.append(f"held-out loss {found.val_loss:.4f}, perplexity {perplexity:.2f}")
+        more = f"perplexity {math.exp(min(found.val_loss, 700.0)):.2f}"
+        if found.metrics is not None:
+            more = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+        parts.append(f"held-out loss {found.val_loss:.4f}, {more}")
         best = history.best
         if found.step and best is not None:
             parts.append("the best so far" if found.best else f"best {best.val_loss:.4f} at step {best.step}")
