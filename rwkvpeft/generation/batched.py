@@ -62,7 +62,7 @@ def decode(
     max_tokens: int,
     batch_size: int,
     end_token: int | None,
-    stop: Callable[[], Ends] | None = None,
+    stop: Callable[[int], Ends] | None = None,
     report: Callable[[Count], object] = lambda count: None,
     prefill_tokens: int = 2048,
 ) -> Iterator[tuple[int, Answer]]:
@@ -77,7 +77,7 @@ def decode(
         max_tokens: longest answer.
         batch_size: slots. Memory is that of so many states and logits, twice, and of one prefill.
         end_token: ends an answer; None if there is no such token.
-        stop: makes what watches one answer for another end, see ``Ends``.
+        stop: given the number of a request, makes what watches its answer for another end, see ``Ends``.
         report: is called after each token of all slots.
         prefill_tokens: tokens of prompts read at once.
     Yields: the number of a request, counted from 0, and its answer, in the order in which answers end.
@@ -163,7 +163,7 @@ class _Slots:
         taken: Sequence[tuple[int, Request]],
         prompts: _Prompts,
         sampling: SamplingConfig,
-        stop: Callable[[], Ends] | None,
+        stop: Callable[[int], Ends] | None,
     ) -> None:
         self._model, self._prompts, self._stop = model, prompts, stop
         self._now = prompts.read([request for _, request in taken])
@@ -211,4 +211,4 @@ class _Slots:
         self._now = ReadPrompts(state, self._model.head(hidden[:, 0]))
 
     def _begin(self, number: int) -> _Writing:
-        return _Writing(number, None if self._stop is None else self._stop())
+        return _Writing(number, None if self._stop is None else self._stop(number))

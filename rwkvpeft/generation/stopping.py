@@ -21,8 +21,8 @@ class StopTexts:
         self._tokenizer = tokenizer
         self._texts = texts
 
-    def __call__(self) -> Callable[[int], bool]:
-        """What is told each token of one answer, and says whether a stop text is complete."""
+    def __call__(self, number: int = 0) -> Callable[[int], bool]:
+        """What is told each token of one answer, whichever, and says whether a stop text is complete."""
         decoder = IncrementalDecoder(self._tokenizer)
         gate = StopGate(self._texts)
 
