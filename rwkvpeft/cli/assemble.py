@@ -147,7 +147,7 @@ def choose_programs(shape: ModelShape, config: TrainConfig) -> tuple[Chosen, lis
         batch=config.schedule.micro_bsz,
         tokens=config.tokens_at_once,
         heads=shape.n_head,
-        packed=config.data.dataload == "pack",
+        packed=config.packs,
     )
     bench = Bench.of(device) if device.type == "cuda" else None
     remarks: list[str] = []

@@ -59,7 +59,7 @@ def fit_to_memory(config: TrainConfig, base: Base, opened: Opened) -> Fitted:
     device = local_device(config.runtime)
 
     def need_of(settings: TrainConfig) -> Expected:
-        return _expected(base.shape, base.packed, settings, device.type, opened.rows.crowded_row)
+        return _expected(base.shape, base.packed, settings, device.type, opened.crowded)
 
     alone = devices_of(config.runtime) == 1
     free = free_memory(device) if alone else memory_of_each(device.type, config.runtime)

@@ -236,7 +236,7 @@ def _run_lines(shape: ModelShape, config: TrainConfig, target: Target, work: Wor
 def _run_line(config: TrainConfig, run: RunPlan, devices: int) -> str:
     schedule = config.schedule
     tokens = run.total_batches * schedule.micro_bsz * devices * (config.data.ctx_len or 1)
-    most = "at most " if config.data.rows_vary else ""
+    most = "at most " if config.rows_vary else ""
     return (
         f"run: {run.epoch_count} x {run.epoch_steps:,} batches of {schedule.micro_bsz} rows of {most}"
         f"{config.data.ctx_len:,} tokens, {run.total_steps:,} steps, {most}{tokens:,} tokens{_chunks(config)}"

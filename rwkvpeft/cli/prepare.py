@@ -28,7 +28,8 @@ class Opened(NamedTuple):
     """The method and the data of a run, which go together.
 
     ``start`` are the adapter's first values where a file gives them; ``longest`` the settings with rows as long as the
-    longest of the data, for what memory they need.
+    longest of the data, for what memory they need, and ``crowded`` the tokens of each sequence of the packed row that
+    takes most, as ``RowDataset.crowded_row``.
     """
 
     adapter: Adapter | None
@@ -36,6 +37,7 @@ class Opened(NamedTuple):
     rows: RowDataset
     held_out: RowDataset | None
     longest: TrainConfig
+    crowded: tuple[int, ...]
 
 
 class Prepared(NamedTuple):
@@ -62,13 +64,16 @@ def open_run(config: TrainConfig, base: Base) -> Opened:
     start = assemble.read_start(base, config.method, adapter)
     find_optimizer(config.optimizer.optim).check(find_device(config.runtime))
     build_sharing(config)
-    assemble.check_fits(base, config)
+    if config.objective.reads == "tokens":
+        assemble.check_fits(base, config)
     rows, held_out = watch.open_training_data(config, base.shape.vocab_size)
-    longest = config
-    if config.data.rows_vary:
-        longest = assemble.with_longest_row(config, rows.longest_row)
+    longest, crowded = config, rows.crowded_row
+    if config.objective.reads == "prompts":
+        crowded = (*crowded, *(config.rewards.answer_tokens,) * config.rewards.group_size)
+    if config.rows_vary:
+        longest = assemble.with_longest_row(config, max(rows.longest_row, sum(crowded)))
         assemble.check_fits(base, longest)
-    return Opened(adapter, start, rows, held_out, longest)
+    return Opened(adapter, start, rows, held_out, longest, crowded)
 
 
 def prepare(config: TrainConfig, beginning: Beginning, opened: Opened) -> Prepared:

@@ -136,7 +136,7 @@ def _fit(
         recipe = assemble.make_recipe(base, config, adapter)
     peers.agree(identity | {"base model": recipe.base_fingerprint})
     peers.ready(argv)
-    recompute = assemble.choose_recompute(base, opened.longest, chosen, opened.rows.crowded_row)
+    recompute = assemble.choose_recompute(base, opened.longest, chosen, opened.crowded)
     model = assemble.build_for_training(base, with_level(config, recompute.grad_cp), chosen, adapter, opened.start)
     lines = report.start_lines(config, base, model, data, plan, chosen, recompute, origin=origin, watched=watched)
     differs = other_results(config, model)

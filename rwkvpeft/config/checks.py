@@ -9,6 +9,7 @@ from pathlib import Path
 from rwkvpeft.config.check_chat import check_chat
 from rwkvpeft.config.check_evaluation import check_evaluation, check_evaluation_files
 from rwkvpeft.config.check_long_context import check_long_context
+from rwkvpeft.config.check_objective import check_objective, check_objective_files
 from rwkvpeft.config.check_pretraining import check_pretraining
 from rwkvpeft.config.check_regularisers import check_regularisers
 from rwkvpeft.config.check_rows import check_rows
@@ -63,6 +64,7 @@ def check_values(config: TrainConfig, findings: Findings, *, planned: bool = Fal
     check_regularisers(config, findings)
     check_evaluation(config, findings)
     check_long_context(config, findings)
+    check_objective(config, findings)
     check_strategy(config, findings)
     check_rows(config.data, findings)
     check_splitting(config, findings)
@@ -227,6 +229,7 @@ def check_paths(config: TrainConfig, findings: Findings) -> None:
         check_data_files(config.data, findings)
         check_vocabulary(config.data, config.model.load_model, findings)
     check_evaluation_files(config, findings)
+    check_objective_files(config, findings)
     if config.output.resume not in ("auto", "none") and not Path(config.output.resume).is_dir():
         findings.add("--resume names no folder", found=config.output.resume, expected="auto, none, or a resume folder")
     check_folder("--proj_dir", Path(config.output.proj_dir), findings)

@@ -135,8 +135,14 @@ class ScheduleConfig:
         metavar="N|auto",
     )
     accumulate_grad_batches: int = flag(1, help="batches per optimizer step", unit="batches")
-    lr_init: float | None = flag(None, help="learning rate after warm-up; by method: state 1, otherwise 6e-4")
-    lr_final: float | None = flag(None, help="learning rate at the end; by method: state 0.01, otherwise 1e-5")
+    lr_init: float | None = flag(
+        None, help="learning rate after warm-up; by method: state 1; by objective: preferences 5e-5, grpo 1e-5; "
+        "otherwise 6e-4"
+    )
+    lr_final: float | None = flag(
+        None, help="learning rate at the end; by method: state 0.01; by objective: preferences 5e-6, grpo 1e-6; "
+        "otherwise 1e-5"
+    )
     warmup_steps: int | None = flag(
         None, help="steps of warm-up; by method: state 10, otherwise none (-1)", unit="optimizer steps"
     )
@@ -365,6 +371,11 @@ class TrainConfig:
     long_context: LongContextConfig = LongContextConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     faults: FaultsConfig = FaultsConfig()
+
+    @property
+    def rows_vary(self) -> bool:
+        """Whether batches may be shorter or longer than ``micro_bsz`` rows of ``ctx_len`` tokens."""
+        return self.data.rows_vary or self.objective.reads != "tokens"
 
     @property
     def packs(self) -> bool:

@@ -14,6 +14,7 @@ from rwkvpeft.config.data_files import is_jsonl, without_suffix
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.methods import members
+from rwkvpeft.config.objective import PREFERENCES
 from rwkvpeft.config.parse import build_groups
 from rwkvpeft.config.pretraining import by_stage
 
@@ -22,6 +23,11 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "state": {"lr_init": 1.0, "lr_final": 0.01, "warmup_steps": 10, "ctx_len": 512},
 }
 _DEFAULTS: dict[str, Any] = {"lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1, "ctx_len": 1024}
+# what is compared moves far with small steps: the rates that the papers and TRL train adapters with
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(PREFERENCES, {"lr_init": 5e-5, "lr_final": 5e-6}),
+    "grpo": {"lr_init": 1e-5, "lr_final": 1e-6},
+}
 _LOWEST_STATE_LR = 0.1
 _READ_FROM_FILE = ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size_a")
 
@@ -83,7 +89,9 @@ def resolve(
 def _by_method(values: dict[str, Any]) -> None:
     # beside a layer profile --peft only adds the states, which have their own rates there
     method = "none" if values.get("layer_profile") else values.get("peft", "none")
-    for name, default in {**_DEFAULTS, **_METHOD_DEFAULTS.get(method, {})}.items():
+    objective = values.get("objective", "")
+    by_choice = {**_DEFAULTS, **_OBJECTIVE_DEFAULTS.get(objective, {}), **_METHOD_DEFAULTS.get(method, {})}
+    for name, default in by_choice.items():
         if values.get(name) is None:
             values[name] = default
 

@@ -72,6 +72,10 @@ def other_noise(config: TrainConfig) -> str | None:
     """
     if config.method.dropout or config.method.neftune_alpha:
         return "what --dropout and --neftune_alpha draw is drawn for each batch"
+    if config.objective.objective == "kto":
+        return "kto estimates its divergence from each batch"
+    if config.rewards.advantage == "reinforce++":
+        return "--advantage reinforce++ goes by the mean of each batch"
     if config.data.dataload == "pack" and config.optimizer.logit_penalty:
         return "--logit_penalty is a mean over a batch, and packed batches are not equally full"
     return None

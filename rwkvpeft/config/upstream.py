@@ -1,4 +1,4 @@
-"""Flags of RWKV-PEFT and RWKV-LM that have no field of their own.
+"""Flags of RWKV-PEFT, RWKV-LM and RWKV-LM-RLHF that have no field of their own.
 
 Some are other names or combinations of fields and are translated. The others are accepted at upstream's default,
 where they say nothing, and refused with the reason at any other value. The same holds for values of our own flags
@@ -9,77 +9,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rwkvpeft.config.findings import Findings
-from rwkvpeft.config.flags import Kind
+from rwkvpeft.config.upstream_flag import UpstreamFlag, means, nothing
 from rwkvpeft.config.upstream_methods import translate_methods
+from rwkvpeft.config.upstream_objectives import FLAGS as OBJECTIVES
+from rwkvpeft.config.upstream_objectives import translate_objectives
 from rwkvpeft.config.values import parse_json
-
-
-@dataclass(frozen=True)
-class UpstreamFlag:
-    """A flag accepted only at ``default`` unless ``translated``; then ``reason`` says what it means here."""
-
-    default: str
-    reason: str
-    fix: str | None = None
-    kind: Kind = "text"
-    translated: bool = False
-
-
-def _means(meaning: str, default: str = "", kind: Kind = "text") -> UpstreamFlag:
-    return UpstreamFlag(default, meaning, kind=kind, translated=True)
-
-
-def _none(default: object, reason: str, fix: str | None = None, kind: Kind = "text") -> UpstreamFlag:
-    return UpstreamFlag(str(default), reason, fix, kind)
-
 
 _NO_TRICK = "an experiment of early RWKV versions that v5, v6 and v7 models do not have"
 
 FLAGS: dict[str, UpstreamFlag] = {
-    "rwkv_version": _means("--my_testing"),
-    "my_qa_mask": _means("1: --loss_mask qa", "0"),
-    "dataset_get": _means("--dataload"),
-    "train_type": _means("state, states: --peft state, or METHOD+state beside --peft METHOD; infctx: --infctx", "none"),
-    "state_tune": _means("--peft state", kind="switch"),
-    "lora": _means("--peft lora", kind="switch"),
-    "lora_config": _means("settings of --peft lora and dora; lora_load: --adapter", kind="json"),
-    "pissa_config": _means(
+    "rwkv_version": means("--my_testing"),
+    "my_qa_mask": means("1: --loss_mask qa", "0"),
+    "dataset_get": means("--dataload"),
+    "train_type": means("state, states: --peft state, or METHOD+state beside --peft METHOD; infctx: --infctx", "none"),
+    "state_tune": means("--peft state", kind="switch"),
+    "lora": means("--peft lora", kind="switch"),
+    "lora_config": means("settings of --peft lora and dora; lora_load: --adapter", kind="json"),
+    "pissa_config": means(
         "settings of --peft pissa; pissa_load: --adapter, pissa_init: --adapter_init", kind="json"
     ),
-    "miss_config": _means("settings of --peft miss; load: --adapter, mode bat: --peft bat", kind="json"),
-    "disha_config": _means("the same, for --peft disha", kind="json"),
-    "bone_config": _means("the same, for --peft bone, with bone_ before each key", kind="json"),
-    "PISSA": _means("--peft pissa, with --lora_r as its r", kind="switch"),
-    "svd_niter": _means("svd_niter in --peft_config"),
-    "lora_r": _means("r in --peft_config"),
-    "lora_alpha": _means("lora_alpha in --peft_config"),
-    "lora_dropout": _means("lora_dropout in --peft_config"),
-    "lora_load": _means("--adapter"),
-    "lora_parts": _means("--train_parts; att and ffn must be among them"),
-    "local_rank": _means("what DeepSpeed's launcher passes; the environment says it too", "0"),
-    "emb": _means("adds emb to --train_parts", kind="switch"),
-    "lisa_config": _none('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
-    "LISA": _none("false", "LISA is not available", "--peft lora", "switch"),
-    "my_random_steps": _none(0, "it is read nowhere upstream", "--random_seed"),
-    "avg_loss": _none(0, "the loss is always the mean over the trained tokens of a step"),
-    "l2warp_sparse": _none(0, "the logit penalty always acts on every position", "--logit_penalty"),
-    "head_chunk": _none(0, "the loss is always computed in chunks"),
-    "kernel": _none("", "--op says which program computes the recurrence", "--op auto"),
-    "compile": _none("false", "compiling the model is not available", kind="switch"),
-    "cuda_cleanup": _none(0, "it is read nowhere upstream"),
-    "enable_progress_bar": _none("true", "progress is always shown", kind="switch"),
-    "tiny_att_dim": _none(0, _NO_TRICK),
-    "tiny_att_layer": _none(-999, _NO_TRICK),
-    "my_ffn_shift": _none(1, _NO_TRICK),
-    "my_att_shift": _none(1, _NO_TRICK),
-    "my_pos_emb": _none(0, _NO_TRICK),
-    "my_pile_version": _none(1, "several data sets are given as --data_file a:3,b:1"),
-    "my_pile_shift": _none(-1, "windows always begin at multiples of --ctx_len"),
-    "my_pile_edecay": _none(0, "the rate falls from the end of the warm-up on"),
+    "miss_config": means("settings of --peft miss; load: --adapter, mode bat: --peft bat", kind="json"),
+    "disha_config": means("the same, for --peft disha", kind="json"),
+    "bone_config": means("the same, for --peft bone, with bone_ before each key", kind="json"),
+    "PISSA": means("--peft pissa, with --lora_r as its r", kind="switch"),
+    "svd_niter": means("svd_niter in --peft_config"),
+    "lora_r": means("r in --peft_config"),
+    "lora_alpha": means("lora_alpha in --peft_config"),
+    "lora_dropout": means("lora_dropout in --peft_config"),
+    "lora_load": means("--adapter"),
+    "lora_parts": means("--train_parts; att and ffn must be among them"),
+    "local_rank": means("what DeepSpeed's launcher passes; the environment says it too", "0"),
+    "emb": means("adds emb to --train_parts", kind="switch"),
+    "lisa_config": nothing('{"lisa_r":2, "lisa_k":100}', "LISA is not available", "--peft lora", "json"),
+    "LISA": nothing("false", "LISA is not available", "--peft lora", "switch"),
+    "my_random_steps": nothing(0, "it is read nowhere upstream", "--random_seed"),
+    "avg_loss": nothing(0, "the loss is always the mean over the trained tokens of a step"),
+    "l2warp_sparse": nothing(0, "the logit penalty always acts on every position", "--logit_penalty"),
+    "head_chunk": nothing(0, "the loss is always computed in chunks"),
+    "kernel": nothing("", "--op says which program computes the recurrence", "--op auto"),
+    "compile": nothing("false", "compiling the model is not available", kind="switch"),
+    "cuda_cleanup": nothing(0, "it is read nowhere upstream"),
+    "enable_progress_bar": nothing("true", "progress is always shown", kind="switch"),
+    "tiny_att_dim": nothing(0, _NO_TRICK),
+    "tiny_att_layer": nothing(-999, _NO_TRICK),
+    "my_ffn_shift": nothing(1, _NO_TRICK),
+    "my_att_shift": nothing(1, _NO_TRICK),
+    "my_pos_emb": nothing(0, _NO_TRICK),
+    "my_pile_version": nothing(1, "several data sets are given as --data_file a:3,b:1"),
+    "my_pile_shift": nothing(-1, "windows always begin at multiples of --ctx_len"),
+    "my_pile_edecay": nothing(0, "the rate falls from the end of the warm-up on"),
+    **OBJECTIVES,
 }
 
 LATER_VALUES: dict[str, dict[str, str]] = {
@@ -115,6 +97,7 @@ def translate(given: Mapping[str, Any], method: str | None, findings: Findings) 
         values["infctx"] = True
     if str(upstream.get("my_qa_mask", "0")) != "0":
         values["loss_mask"] = "qa"
+    values |= translate_objectives(upstream, fields, findings)
     return {**values, **fields, **translate_methods(upstream, fields, method or "none", findings)}
 
 

@@ -124,7 +124,7 @@ def _shorter(config: TrainConfig) -> list[Way]:
     if length <= _SHORT_CONTEXT:
         return []
     shorter = Way(f"--ctx_len {_SHORT_CONTEXT}", _changed(config, "data", ctx_len=_SHORT_CONTEXT))
-    if config.data.dataload == "pack" or config.runtime.cuda_graph or config.model.head_qk or long.infctx:
+    if config.packs or config.runtime.cuda_graph or config.model.head_qk or long.infctx:
         return [shorter]
     chunks = _changed(config, "long_context", infctx=True, infctx_grad="exact")
     return [Way("--infctx --infctx_grad exact", chunks), shorter]
