@@ -25,7 +25,7 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 _DEFAULTS: dict[str, Any] = {"lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1, "ctx_len": 1024}
 # what is compared moves far with small steps: the rates that the papers and TRL train adapters with
 _OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(PREFERENCES, {"lr_init": 5e-5, "lr_final": 5e-6}),
+    **{name: {"lr_init": 5e-5, "lr_final": 5e-6} for name in PREFERENCES},
     "grpo": {"lr_init": 1e-5, "lr_final": 1e-6},
 }
 _LOWEST_STATE_LR = 0.1
