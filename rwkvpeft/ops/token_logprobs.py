@@ -112,7 +112,8 @@ def token_logprobs(
         found = _of_called(part, called, asked, beside)
     if index is None:
         return found
-    return TokenLogprobs(*(None if x is None else x.new_zeros(len(flat)).index_put((index,), x) for x in found))
+    spread = (x if x is None else x.new_zeros(len(flat)).index_put((index,), x) for x in found)
+    return TokenLogprobs(*cast(tuple[Tensor, ...], tuple(spread)))
 
 
 class _OfWeight(torch.autograd.Function):
@@ -227,7 +228,8 @@ def _joined(figures: Sequence[TokenLogprobs], hidden: Tensor) -> TokenLogprobs:
     if not figures:
         nothing = hidden.sum(dim=1).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         return TokenLogprobs(nothing, nothing.detach(), nothing.detach())
-    return TokenLogprobs(*(None if column[0] is None else torch.cat(column) for column in zip(*figures, strict=True)))
+    columns = (None if column[0] is None else torch.cat(column) for column in zip(*figures, strict=True))
+    return TokenLogprobs(*cast(tuple[Tensor, ...], tuple(columns)))
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
