@@ -1,4 +1,4 @@
-"""Continue a text, or talk, with a model that may carry an adapter or a tuned state."""
+"""Continue a text, talk, or answer a file, with a model that may carry an adapter or a tuned state."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rwkvpeft.cli.generate_batch import add_batch_flags, check_batch_flags, generate_batch
 from rwkvpeft.cli.guard import guarded
 from rwkvpeft.cli.tuned_model import add_model_flags, load_from_flags
 from rwkvpeft.errors import UserError
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--max_tokens", type=int, default=256, help="longest continuation (default: %(default)s tokens)")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT",
                       help="end before this text; can be given several times")
+    add_batch_flags(parser)
     draw = parser.add_argument_group("sampling")
     draw.add_argument("--temperature", type=float, default=1.0,
                       help="above 1 more varied, 0 always the likeliest token (default: %(default)s)")
@@ -57,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     parser = _parser()
     flags = parser.parse_args(arguments)
-    if flags.chat == (flags.prompt is not None):
-        raise UserError("one of --prompt and --chat is needed, and only one", fix='--prompt "Once upon a time"')
+    if (flags.prompt is not None) + flags.chat + (flags.batch is not None) != 1:
+        raise UserError("one of --prompt, --chat and --batch is needed, and only one",
+                        fix='--prompt "Once upon a time"')
+    check_batch_flags(flags)
     if flags.max_tokens < 1:
         raise UserError("--max_tokens is out of range", found=flags.max_tokens, expected="1 or more")
     from rwkvpeft.generation.generate import TextGenerator
@@ -68,6 +72,8 @@ def _run(arguments: list[str]) -> int:
         temperature=flags.temperature, top_p=flags.top_p, top_k=flags.top_k, presence_penalty=flags.presence_penalty,
         frequency_penalty=flags.frequency_penalty, penalty_decay=flags.penalty_decay, seed=flags.seed,
     )
+    if flags.batch is not None:
+        return generate_batch(flags, sampling)
     tuned = load_from_flags(flags)
     generator = TextGenerator(tuned.model, tuned.tokenizer)
     if flags.chat:

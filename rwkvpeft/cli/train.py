@@ -119,10 +119,10 @@ def _fit(
 ) -> None:
     """Build the model, train it, and report. ``asked`` is written down: what it comes to, the next run finds again."""
     from rwkvpeft.cli import assemble, report
+    from rwkvpeft.cli.objective import provide
     from rwkvpeft.cli.run_report import report_line
     from rwkvpeft.data.text import keep_vocabulary
     from rwkvpeft.memory import with_level
-    from rwkvpeft.objectives.base import Provided
     from rwkvpeft.training.essentials import other_results
     from rwkvpeft.training.fit import fit
 
@@ -149,7 +149,7 @@ def _fit(
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
-                 provided=Provided(rows=chosen.rows.program), watched=watched, begun=begun, also=peers.callbacks())
+                 provided=provide(config, opened.rows, chosen.rows.program), watched=watched, begun=begun, also=peers.callbacks())
     ending = report.end_lines(config, base, result)
     if config.evaluation.report and _is_first_process():
         ending.append(report_line(config, result, beginning=lines, ending=ending))

@@ -1,0 +1,59 @@
+"""What a run hands to its objective: a teacher, a reference, answers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.data.rows import RowDataset
+from rwkvpeft.data.text import data_tokenizer
+from rwkvpeft.generation.batched import Request, decode
+from rwkvpeft.generation.chat import STOP
+from rwkvpeft.generation.sampling import SamplingConfig
+from rwkvpeft.generation.stopping import StopTexts
+from rwkvpeft.models.backbone import Rwkv
+from rwkvpeft.objectives.base import Drawn, Provided, Wanted
+from rwkvpeft.ops.cross_entropy import RowChoice
+from rwkvpeft.ops.cross_entropy_torch import RowProgram
+from rwkvpeft.training.resting import at_rest
+
+# answers side by side: a state and a row of logits for each
+_MOST_AT_ONCE = 256
+
+
+def provide(config: TrainConfig, rows: RowDataset, program: RowChoice | RowProgram) -> Provided:
+    """What the run's objective is made of, beside its settings and the adapter.
+
+    Args:
+        program: what works on the loss's rows of logits.
+    """
+    if config.objective.objective == "grpo":
+        return _for_rewards(config, rows, program)
+    return Provided(rows=program)
+
+
+def _for_rewards(config: TrainConfig, rows: RowDataset, program: RowChoice | RowProgram) -> Provided:
+    tokenizer = data_tokenizer(config.data)
+    stop = StopTexts(tokenizer, (*STOP, *config.rewards.answer_stop))
+    return Provided(
+        rows=program,
+        answer=_answers(config, stop, tokenizer.end_token),
+        text=stop.text,
+    )
+
+
+def _answers(
+    config: TrainConfig, stop: StopTexts, end_token: int | None
+) -> Callable[[Rwkv, Sequence[Wanted]], list[Drawn]]:
+    """What lets a model answer, as it is."""
+    rewards = config.rewards
+    sampling = SamplingConfig(temperature=rewards.answer_temperature, top_p=rewards.answer_top_p)
+
+    def answer(model: Rwkv, wanted: Sequence[Wanted]) -> list[Drawn]:
+        requests = [Request(one.prompt, one.seed) for one in wanted]
+        with at_rest(model, config.runtime.random_seed):
+            found = dict(decode(model, requests, sampling, max_tokens=rewards.answer_tokens,
+                                batch_size=min(len(requests), _MOST_AT_ONCE), end_token=end_token, stop=stop))
+        return [Drawn(*found[number]) for number in range(len(requests))]
+
+    return answer
