@@ -148,8 +148,9 @@ def _fit(
         keep_vocabulary(config.data)
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
+    provided = provide(config, opened.rows, chosen.rows.program)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
-                 provided=provide(config, opened.rows, chosen.rows.program), watched=watched, begun=begun, also=peers.callbacks())
+                 provided=provided, watched=watched, begun=begun, also=peers.callbacks())
     ending = report.end_lines(config, base, result)
     if config.evaluation.report and _is_first_process():
         ending.append(report_line(config, result, beginning=lines, ending=ending))
