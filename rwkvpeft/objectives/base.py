@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -38,11 +39,12 @@ class Wanted(NamedTuple):
 
 class Drawn(NamedTuple):
     """An answer: its tokens, that which ends it among them; their log-probabilities at the temperature they were drawn
-    with; and whether it found its end."""
+    with; whether it found its end; and its text, up to what ended it (None: that of all its tokens)."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     ended: bool
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Provided:
         record: the record with that number in the data, which rewards look at.
         text: tokens as text.
         log: takes a line about an answer that was judged, for ``rollouts.jsonl``.
+        step: optimizer steps that the run has behind it.
+        folder: where answers wait that several steps learn from.
     """
 
     rows: RowChoice | RowProgram = "auto"
@@ -70,6 +74,8 @@ class Provided:
     record: Callable[[int], Mapping[str, Any]] | None = None
     text: Callable[[Sequence[int]], str] | None = None
     log: Callable[[Mapping[str, Any]], None] = lambda line: None
+    step: Callable[[], int] | None = None
+    folder: Path | None = None
 
 
 class Objective(Protocol):
@@ -80,7 +86,10 @@ class Objective(Protocol):
     method ``build(config: TrainConfig, provided: Provided)``.
     """
 
-    metric_names: ClassVar[tuple[str, ...]]
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """See the class."""
+        ...
 
     def __call__(self, model: nn.Module, batch: Any, normaliser: Tensor | None = None) -> Loss:
         """Compute the loss of ``model`` on ``batch``."""
