@@ -38,7 +38,7 @@ def _for_rewards(config: TrainConfig, rows: RowDataset, program: RowChoice | Row
     return Provided(
         rows=program,
         answer=_answers(config, stop, tokenizer.end_token),
-        text=stop.text,
+        text=tokenizer.decode,
     )
 
 
@@ -54,6 +54,7 @@ def _answers(
         with at_rest(model, config.runtime.random_seed):
             found = dict(decode(model, requests, sampling, max_tokens=rewards.answer_tokens,
                                 batch_size=min(len(requests), _MOST_AT_ONCE), end_token=end_token, stop=stop))
-        return [Drawn(*found[number]) for number in range(len(requests))]
+        ordered = (found[number] for number in range(len(requests)))
+        return [Drawn(*answer, text=stop.text(answer.tokens)) for answer in ordered]
 
     return answer
