@@ -158,6 +158,7 @@ def dry_step(
     objective = stand_in_objective(config, Provided(chunk_rows=chunk_rows))
     schedule = config.schedule
     accumulates = schedule.accumulate_grad_batches > 1
+    documents = documents or _row_of_sequences(config)
     with without_values(config), watching or nullcontext():
         return run_step(
             model,
@@ -167,6 +168,17 @@ def dry_step(
             accumulates=accumulates,
             documents=documents,
         )
+
+
+def _row_of_sequences(config: TrainConfig) -> Sequence[int]:
+    """Tokens of each sequence of the longest row there may be, where a row is one of pairs or of answers; else none."""
+    longest, rewards = config.data.ctx_len or 1, config.rewards
+    if config.objective.reads == "pairs":
+        # what two answers share is counted with both: one may be as long as the other
+        return (longest, longest)
+    if config.objective.reads == "prompts":
+        return (longest, *(rewards.answer_tokens,) * rewards.group_size)
+    return ()
 
 
 def tokens_of_step(config: TrainConfig) -> int:
