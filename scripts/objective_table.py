@@ -40,7 +40,7 @@ VERSIONS = {"v6": "x060", "v7": "x070"}
 BASES = ("none", "nf4")
 _NAMES = ("red", "blue", "green", "grey", "black", "white")
 _SHORT = "--ctx_len 64 --micro_bsz 2 --epoch_steps 2 --epoch_count 2 --epoch_save 1 --random_seed 3 --report false"
-_RUN = f"{_SHORT} --accelerator cpu --precision fp32 --tokenizer bytes"
+_RUN = f"{_SHORT} --precision fp32 --tokenizer bytes"
 _REWARD = '''def short(prompts, answers, records):
     return [-float(len(answer)) for answer in answers]
 '''
@@ -91,12 +91,12 @@ def quietly(command: object, words: list[str]) -> tuple[int, str]:
     return code, err.getvalue().strip()
 
 
-def run_cell(objective: str, method: str, version: str, base: str, folder: Path) -> Cell:
+def run_cell(objective: str, method: str, version: str, base: str, folder: Path, accelerator: str = "cpu") -> Cell:
     """One combination, in a folder of its own."""
     place = Path(tempfile.mkdtemp(dir=folder))
     model = folder / f"base-{version}.pth"
     words = [*words_of(objective, version, folder), *_RUN.split(), *METHODS[method].split(), "--quant", base,
-             "--load_model", str(model), "--objective", objective]
+             "--load_model", str(model), "--objective", objective, "--accelerator", accelerator]
     code, error = quietly(train_main, [*words, "--proj_dir", str(place / "whole")])
     if code:
         refused = method == "full" and base != "none" and "--quant" in error
@@ -151,6 +151,7 @@ def main() -> int:
     """Run, then write or print. Returns 1 if a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(OBJECTIVES), help="objectives, with commas between them")
+    parser.add_argument("--accelerator", default="cpu", choices=("cpu", "gpu"))
     flags = parser.parse_args()
     asked = flags.only.split(",")
     found: dict[tuple[str, str, str, str], Cell] = {}
@@ -158,7 +159,7 @@ def main() -> int:
         folder = Path(name)
         make_inputs(folder)
         for key in [(o, m, v, b) for o in asked for b in BASES for m in METHODS for v in VERSIONS]:
-            found[key] = run_cell(*key, folder)
+            found[key] = run_cell(*key, folder, flags.accelerator)
             print(*key, "refused" if found[key].refused else found[key].problem or "yes", flush=True)
     text = table(found)
     print(text)
