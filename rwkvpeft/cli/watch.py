@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from rwkvpeft.adapters.base import Adapter
 from rwkvpeft.config.check_evaluation import general_data, other_data
 from rwkvpeft.config.groups import TrainConfig
-from rwkvpeft.data.dataset import open_dataset, open_split, open_stream
+from rwkvpeft.data.dataset import open_stream
+from rwkvpeft.data.openings import open_rows, open_rows_split
 from rwkvpeft.data.prompts import Prompt, held_out_prompts, read_prompts
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
@@ -28,18 +29,15 @@ _NEXT_TURNS = (*STOP, "\n\nAssistant:", "\n\nInstruction:")
 def open_training_data(config: TrainConfig, vocab_size: int) -> tuple[RowDataset, RowDataset | None]:
     """The rows to train on, and those that are held out; None if none are.
 
-    Raises: UserError as ``open_dataset`` and ``open_split``.
+    Raises: UserError as ``open_rows`` and ``open_rows_split``.
     """
-    assert config.data.ctx_len is not None
-    ctx_len, seed = config.data.ctx_len, config.runtime.random_seed
     evaluation = config.evaluation
     if evaluation.val_split:
-        return open_split(config.data, evaluation.val_split, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed)
-    dataset = open_dataset(config.data, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed)
+        return open_rows_split(config, evaluation.val_split, vocab_size)
+    dataset = open_rows(config, config.data, vocab_size)
     if not evaluation.val_data_file:
         return dataset, None
-    data = other_data(config.data, evaluation.val_data_file)
-    return dataset, open_dataset(data, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed)
+    return dataset, open_rows(config, other_data(config.data, evaluation.val_data_file), vocab_size)
 
 
 def make_watched(

@@ -63,7 +63,13 @@ def open_split(
     Raises: UserError as ``open_dataset`` does, also if nothing in either part would be trained or a file has too few
         documents.
     """
-    parts = _open_parts(config, vocab_size)
+    kept, held_out = split_parts(_open_parts(config, vocab_size), share)
+    return _rows(config, kept, ctx_len, seed), _rows(replace(config, magic_prime=0), held_out, ctx_len, seed)
+
+
+def split_parts(parts: list[Part], share: float) -> tuple[list[Part], list[Part]]:
+    """The parts without what is held out of each, and that; some parts may have nothing held out. Arguments and errors
+    are those of ``open_split``."""
     shares: list[float] = [share] * len(parts)
     if share >= 1:
         shares = [*shared_out(round(share), [len(part.source) for part in parts])]
@@ -74,8 +80,7 @@ def open_split(
         if other is not None:
             held_out.append(part._replace(source=other))
     apart = [part.source for part in held_out]
-    kept = [part._replace(source=without_copies(part.source, apart)) for part in kept]
-    return _rows(config, kept, ctx_len, seed), _rows(replace(config, magic_prime=0), held_out, ctx_len, seed)
+    return [part._replace(source=without_copies(part.source, apart)) for part in kept], held_out
 
 
 def open_source(config: DataConfig) -> TokenSource:
@@ -101,14 +106,16 @@ def open_stream(config: DataConfig, *, ctx_len: int, vocab_size: int) -> RowData
     return _rows(config, parts, max(1, min(ctx_len, shortest - 1)), seed=0)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """A part of ``--data_file``: its path, its share relative to the other parts, and its documents."""
+
     path: str
     share: Fraction
     source: TokenSource
 
 
-def _open_parts(config: DataConfig, vocab_size: int) -> list[_Part]:
-    parts = [_Part(*part, _open_file(config, part.path)) for part in data_files(config.data_file)]
+def _open_parts(config: DataConfig, vocab_size: int) -> list[Part]:
+    parts = [Part(*part, _open_file(config, part.path)) for part in data_files(config.data_file)]
     if config.magic_prime and len(parts) > 1:
         raise UserError(
             "--magic_prime is the order of one data set",
@@ -126,22 +133,23 @@ def _open_file(config: DataConfig, path: str) -> TokenSource:
     return source
 
 
-def _rows(config: DataConfig, parts: list[_Part], ctx_len: int, seed: int) -> RowDataset:
+def _rows(config: DataConfig, parts: list[Part], ctx_len: int, seed: int) -> RowDataset:
     if config.dataload == "get":
-        windows = [_windows(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
-        return windows[0] if len(parts) == 1 else MixedRows(windows, *_mixture(parts))
-    each = [_documents(config, part.source, ctx_len, _seed_of(seed, number)) for number, part in enumerate(parts)]
-    documents = each[0] if len(parts) == 1 else MixedDocuments(each, *_mixture(parts))
+        windows = [_windows(config, part.source, ctx_len, seed_of(seed, number)) for number, part in enumerate(parts)]
+        return windows[0] if len(parts) == 1 else MixedRows(windows, *mixture(parts))
+    each = [_documents(config, part.source, ctx_len, seed_of(seed, number)) for number, part in enumerate(parts)]
+    documents = each[0] if len(parts) == 1 else MixedDocuments(each, *mixture(parts))
     if config.dataload == "pack":
         return PackedRows(documents, seed=seed, shuffle=bool(config.data_shuffle))
     return documents
 
 
-def _mixture(parts: list[_Part]) -> tuple[list[Fraction], list[str]]:
+def mixture(parts: list[Part]) -> tuple[list[Fraction], list[str]]:
+    """Shares and names of the parts."""
     return [part.share for part in parts], [part.path for part in parts]
 
 
-def _seed_of(seed: int, number: int) -> int:
+def seed_of(seed: int, number: int) -> int:
     """Parts of one size are not to be drawn in one order."""
     return mix(seed, number) if number else seed
 

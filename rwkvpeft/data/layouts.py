@@ -69,11 +69,16 @@ def read_turns(record: Mapping[str, Any], text_key: str = "text") -> list[Turn]:
         raise RecordError(f"no document in this record; found {names}; expected one of {', '.join(known)}")
     fields = found[0]
     if len(fields) == 1:
-        turns = _chat(record[fields[0]], fields[0])
+        turns = chat_turns(record[fields[0]], fields[0])
     elif fields[0] == "instruction":
         turns = _instruction(record, fields[1])
     else:
         turns = _pair(record, *fields)
+    return prefaced(record, turns)
+
+
+def prefaced(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """Turns with the record's system text and functions in front. Raises: RecordError."""
     if record.get("history"):
         raise RecordError('field "history" is not read; write the earlier turns as "messages"')
     return _with_tools(record, _with_system(record, turns))
@@ -110,7 +115,7 @@ def _with_tools(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     listed = _tools(record)
     if not listed:
         return turns
-    if turns[0].header == template.SYSTEM and turns[0].text.strip():
+    if turns and turns[0].header == template.SYSTEM and turns[0].text.strip():
         return [Turn(template.SYSTEM, f"{turns[0].text}\n{listed}"), *turns[1:]]
     return [Turn(template.SYSTEM, listed), *turns]
 
@@ -153,7 +158,8 @@ def _tool(value: object, place: str) -> dict[str, Any]:
     return tool
 
 
-def _chat(turns: object, field: str) -> list[Turn]:
+def chat_turns(turns: object, field: str) -> list[Turn]:
+    """The turns of a list of messages, either way of naming. Raises: RecordError naming ``field``."""
     if not isinstance(turns, (list, tuple)) or not turns:
         raise RecordError(f'field "{field}" must be a list of turns that is not empty; found {_kind(turns)}')
     return [_turn(turn, f'turn {number} of "{field}"', field) for number, turn in enumerate(turns, start=1)]
@@ -274,29 +280,40 @@ def _weight(turn: Mapping[str, Any], is_answer: bool, place: str) -> float:
 
 
 def _instruction(record: Mapping[str, Any], answer: str) -> list[Turn]:
+    answered = as_text(record[answer], f'field "{answer}"')
+    return [*instruction_turns(record), Turn(template.RESPONSE, answered, 1.0)]
+
+
+def instruction_turns(record: Mapping[str, Any]) -> list[Turn]:
+    """An instruction and what it is about, as ``{"instruction", "input"}`` gives them. Raises: RecordError."""
     turns = [Turn(template.INSTRUCTION, as_text(record["instruction"], 'field "instruction"'))]
     for name in ("input", "context"):
         given = record.get(name)
         if given is not None and as_text(given, f'field "{name}"').strip():
             turns.append(Turn(template.INPUT, given))
-    return [*turns, Turn(template.RESPONSE, as_text(record[answer], f'field "{answer}"'), 1.0)]
+    return turns
 
 
 def _pair(record: Mapping[str, Any], asked: str, answered: str) -> list[Turn]:
     """A user's turn and the answer. Where both are lists of messages, those of the first are not trained."""
     question, answer = record[asked], record[answered]
     if isinstance(question, (list, tuple)) and isinstance(answer, (list, tuple)):
-        return [*(turn._replace(weight=0.0) for turn in _chat(question, asked)), *_chat(answer, answered)]
-    text = as_text(question, f'field "{asked}"')
-    if text.rstrip().endswith(f"{template.ASSISTANT}:"):
-        raise RecordError(
-            f'field "{asked}" ends in "{template.ASSISTANT}:", which is written by itself; give the question alone, or '
-            'the whole document as "text"'
-        )
+        return [*(turn._replace(weight=0.0) for turn in chat_turns(question, asked)), *chat_turns(answer, answered)]
     return [
-        Turn(template.USER, text),
+        question_turn(question, asked),
         Turn(template.ASSISTANT, as_text(answer, f'field "{answered}"'), 1.0),
     ]
+
+
+def question_turn(value: object, field: str) -> Turn:
+    """A user's turn that is a text of its own. Raises: RecordError naming ``field``."""
+    text = as_text(value, f'field "{field}"')
+    if text.rstrip().endswith(f"{template.ASSISTANT}:"):
+        raise RecordError(
+            f'field "{field}" ends in "{template.ASSISTANT}:", which is written by itself; give the question alone, or '
+            'the whole document as "text"'
+        )
+    return Turn(template.USER, text)
 
 
 def _kind(value: object) -> str:

@@ -31,7 +31,7 @@ class RecordSource(TokenSource):
         and what ``records`` raises."""
         require_end(tokenizer)
         self.name = name
-        stream = _empty_stream(tokenizer)
+        stream = empty_stream(tokenizer)
         sizes, lines = array("i"), array("q")
         codes, table = bytearray(), VoiceTable()
         for record in records:
@@ -85,7 +85,7 @@ class JsonlSource(RecordSource):
         """Raises: UserError with FILE:LINE for a line that is no document, or if the file holds none."""
         path = Path(path)
         self.name = str(path)
-        stream = _empty_stream(tokenizer)
+        stream = empty_stream(tokenizer)
         sizes, places = array("i"), array("q")
         codes, table, lines = bytearray(), VoiceTable(), 0
         total = path.stat().st_size if path.is_file() else 0
@@ -132,7 +132,8 @@ def weight_error(name: str, voices: Iterable[Voice], config: DataConfig) -> User
     )
 
 
-def _empty_stream(tokenizer: Tokenizer) -> array[int]:
+def empty_stream(tokenizer: Tokenizer) -> array[int]:
+    """An array for tokens, two bytes each where that is enough."""
     return array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
 
 

@@ -64,6 +64,14 @@ class DataReport:
             notes=tuple(note for report in reports for note in report.notes),
         )
 
+    @property
+    def mixed_parts(self) -> str:
+        """The parts of a mixture as text."""
+        return "; ".join(
+            f"{part.name} {100 * part.share:.3g} % of what is drawn, {part.times:.3g} x in a pass"
+            for part in self.mixed
+        )
+
     def render(self) -> str:
         """The counts as text; what needs attention stands on lines of its own."""
         partial = self.scanned_documents < self.documents
@@ -76,11 +84,7 @@ class DataReport:
             share = 100 * self.packed_tokens / (self.rows * self.ctx_len)
             lines.append(f"packed: {self.packed_documents / self.rows:.1f} documents a row, {share:.1f} % of it filled")
         if self.mixed:
-            parts = "; ".join(
-                f"{part.name} {100 * part.share:.3g} % of what is drawn, {part.times:.3g} x in a pass"
-                for part in self.mixed
-            )
-            lines.append(f"mixed: {parts}")
+            lines.append(f"mixed: {self.mixed_parts}")
         lines += [f"note: {note}" for note in self.notes]
         share = self.padding / max(1, self.rows * self.ctx_len)
         if share > _MUCH_PADDING:
