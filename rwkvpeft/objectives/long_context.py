@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,16 @@ class LongContext:
             third more time: fp16 loses gradients that are not scaled before.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ()
-
     inner: TokenObjective
     chunk: int
     exact: bool = False
     offload: bool = False
     late: bool = False
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of ``inner``."""
+        return self.inner.metric_names
 
     def __call__(self, model: nn.Module, batch: Rows, normaliser: Tensor | None = None) -> Loss:
         """See ``Objective``. Raises: ContractError for a packed batch, whose documents end where chunks do not."""
@@ -68,9 +71,11 @@ class LongContext:
             normaliser = tokens.where(tokens > 0, 1.0)
         work = _Work(self, model, batch, normaliser)
         if work.trained and torch.is_grad_enabled():
-            return Loss(cast(Tensor, _Through.apply(work, *work.trained.values())), tokens, {})
-        with torch.no_grad():
-            return Loss(work.read(len(work.pieces)), tokens, {})
+            total = cast(Tensor, _Through.apply(work, *work.trained.values()))
+        else:
+            with torch.no_grad():
+                total = work.read(len(work.pieces))
+        return Loss(total, tokens, work.metrics)
 
 
 def in_chunks(objective: TokenObjective, config: TrainConfig) -> Objective:
@@ -132,6 +137,8 @@ class _Work:
         self._states: list[RecurrentState | None] = []
         self._generators: list[list[Tensor]] = []
         self._last: _Graph | None = None
+        # figures of the chunks that were read so far, each for the first time
+        self.metrics: dict[str, Tensor] = {}
 
     @property
     def _late(self) -> bool:
@@ -152,6 +159,7 @@ class _Work:
                 self._generators.append(_random_states(self.device))
             loss, state = self.settings.inner.part(self.model, piece.batch, self.normaliser, state, piece.share)
             total = total + loss.total
+            self._count(loss)
             state = state.map(_alone)
         self._states.append(state)
         return total
@@ -164,7 +172,8 @@ class _Work:
 
     def _read_to_the_last(self) -> Tensor:
         total = self.read(len(self.pieces) - 1, keep=True)
-        self._last = self._differentiable(len(self.pieces) - 1, self._states.pop())
+        loss, self._last = self._differentiable(len(self.pieces) - 1, self._states.pop())
+        self._count(loss)
         return total + self._last.loss.detach()
 
     def _read_and_differentiate(self) -> Tensor:
@@ -178,15 +187,19 @@ class _Work:
     def _differentiate(self, index: int, state: RecurrentState | None) -> tuple[Tensor, RecurrentState]:
         loss, after = self._part(index, state)
         after = after.map(_alone)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.detach(), after
+        self._count(loss)
+        if loss.total.requires_grad:
+            loss.total.backward()
+        return loss.total.detach(), after
 
-    def _part(self, index: int, state: RecurrentState | None) -> tuple[Tensor, RecurrentState]:
+    def _part(self, index: int, state: RecurrentState | None) -> tuple[Loss, RecurrentState]:
         piece = self.pieces[index]
         with torch.enable_grad():
-            loss, after = self.settings.inner.part(self.model, piece.batch, self.normaliser, state, piece.share)
-        return loss.total, after
+            return self.settings.inner.part(self.model, piece.batch, self.normaliser, state, piece.share)
+
+    def _count(self, loss: Loss) -> None:
+        for name, value in loss.metrics.items():
+            self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
         """Gradients of the trained parameters; ``grad`` () is that of the loss. Raises: ContractError if repeated."""
@@ -221,19 +234,19 @@ class _Work:
             return graph
         state = self._states.pop()
         if not self._generators:
-            return self._differentiable(index, state)
+            return self._differentiable(index, state)[1]
         now = _random_states(self.device)
         _set_random_states(self.device, self._generators[index])
-        graph = self._differentiable(index, state)
+        graph = self._differentiable(index, state)[1]
         _set_random_states(self.device, now)
         return graph
 
-    def _differentiable(self, index: int, state: RecurrentState | None) -> _Graph:
+    def _differentiable(self, index: int, state: RecurrentState | None) -> tuple[Loss, _Graph]:
         before = None if state is None else self._leaves(state)
         loss, after = self._part(index, before)
         starts = [] if before is None else _tensors(before)
         ends = _tensors(after) if self.settings.exact and index < len(self.pieces) - 1 else []
-        return _Graph(loss, starts, ends)
+        return loss, _Graph(loss.total, starts, ends)
 
     def _leaves(self, state: RecurrentState) -> RecurrentState:
         """The state on the model's device; what depends on a trained parameter wants a gradient, if it is exact."""
