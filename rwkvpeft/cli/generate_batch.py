@@ -63,6 +63,10 @@ def check_batch_flags(flags: argparse.Namespace) -> None:
     for name in ("n", "batch_size"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name} is out of range", found=getattr(flags, name), expected="1 or more")
+    if (flags.n or 1) > 1 and (flags.temperature == 0 or flags.top_k == 1):
+        raise UserError("--n asks for answers that differ, and the likeliest tokens are always the same",
+                        found=f"--n {flags.n}, --temperature {flags.temperature}, --top_k {flags.top_k}",
+                        fix="--temperature 1")
     flags.n = 1 if flags.n is None else flags.n
     flags.batch_size = _BATCH_SIZE if flags.batch_size is None else flags.batch_size
     flags.answer_key = flags.answer_key or _ANSWER_KEY

@@ -260,6 +260,7 @@ def test_another_name_for_the_answer_keeps_the_records_own(run, asked):
         (["--batch", "q.txt", "--output", "o.csv"], "--rejected"),
         (["--batch", "q.txt", "--output", "o"], ".jsonl"),
         (["--batch", "q.txt", "--output", "o.jsonl", "--n", "0"], "--n"),
+        (["--batch", "q.txt", "--output", "o.jsonl", "--n", "2", "--temperature", "0"], "--n 2"),
         (["--batch", "q.txt", "--output", "o.jsonl", "--rejected", "--answer_key", "a"], "--answer_key"),
         (["--batch", "q.txt", "--output", "o.jsonl"], "q.txt"),
     ],
