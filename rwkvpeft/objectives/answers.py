@@ -7,9 +7,11 @@ once for each. Letters: P prompts, A answers to each, S tokens of all prompts, T
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkvpeft.models.state import RecurrentState
 from rwkvpeft.ops.sequences import Sequences
@@ -38,3 +40,15 @@ def repeated(state: RecurrentState, times: int) -> RecurrentState:
     """Each row of a state several times, its copies one behind another."""
     # a view whose gradient is a plain sum: an index would be summed up by atomics on a GPU, in another order each time
     return state.map(lambda tensor: tensor[:, None].expand(-1, times, *tensor.shape[1:]).flatten(0, 1))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block nothing drops out."""
+    trains = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trains:
+            module.training = True
