@@ -28,23 +28,28 @@ class TrainingData(pl.LightningDataModule):
     Mini-epoch e of a run holds batches e * E to (e + 1) * E - 1 of each rank, E being ``epoch_steps``. Row j of batch b
     on rank r is the sample at position ((epoch_begin * E + b) * world_size + r) * micro_bsz + j, so samples repeat only
     when all have been drawn, whatever the number of ranks, and a run that begins at mini-epoch ``epoch_begin`` goes on
-    behind the ones before it. The Trainer needs ``reload_dataloaders_every_n_epochs=1``.
+    behind the ones before it. With ``repeats``, batches that draw the same count as one here. The Trainer needs
+    ``reload_dataloaders_every_n_epochs=1``.
 
     Args:
         dataset: the rows.
         schedule: micro_bsz, accumulate_grad_batches, epoch_steps and epoch_begin are read.
         data: num_workers, persistent_workers and prefetch_factor are read.
         seed: accepted for symmetry with the other parts; the dataset was opened with it.
+        repeats: optimizer steps of a mini-epoch that draw the same rows one after another.
     Attributes:
         waiting: gives a block within which this process waits for data; set it before fitting.
     Raises: UserError for rows of different lengths in one batch, or worker flags without workers.
     """
 
-    def __init__(self, dataset: RowDataset, *, schedule: ScheduleConfig, data: DataConfig, seed: int) -> None:
+    def __init__(
+        self, dataset: RowDataset, *, schedule: ScheduleConfig, data: DataConfig, seed: int, repeats: int = 1
+    ) -> None:
         super().__init__()
         require_equal_lengths(dataset, schedule.micro_bsz)
         self.dataset = dataset
         self.schedule = schedule
+        self.repeats = repeats
         self._workers = worker_arguments(data)
         self._start_batch = 0
         self._base_epoch: int | None = None
@@ -66,8 +71,12 @@ class TrainingData(pl.LightningDataModule):
 
     def steps_for(self, world_size: int) -> int:
         """``epoch_steps`` of a run with that many ranks."""
-        rows_at_once = world_size * self.schedule.micro_bsz
-        return self.schedule.epoch_steps or -(-self.dataset.pass_rows // rows_at_once)
+        batches = -(-self.dataset.pass_rows // (world_size * self.schedule.micro_bsz))
+        if self.repeats > 1:
+            # a step that draws what another drew needs as many batches
+            accumulate = self.schedule.accumulate_grad_batches
+            batches = self.repeats * accumulate * -(-batches // accumulate)
+        return self.schedule.epoch_steps or batches
 
     @property
     def start_batch(self) -> int:
@@ -126,4 +135,5 @@ class TrainingData(pl.LightningDataModule):
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=self.world_size,
             first_batch=self.schedule.epoch_begin * self.epoch_steps,
+            repeats=self.repeats,
         )

@@ -36,7 +36,8 @@ class BatchPlan:
         accumulate: batches of an optimizer step; counting starts anew with each mini-epoch, so that its last step may
             have fewer.
         rank, world_size: this process among all that train together.
-        first_batch: batches that earlier runs drew before batch 0 of this one.
+        first_batch: batches that earlier runs drew before batch 0 of this one; whole mini-epochs.
+        repeats: optimizer steps, one behind another within a mini-epoch, that draw the same rows.
     """
 
     micro_bsz: int
@@ -45,11 +46,22 @@ class BatchPlan:
     rank: int = 0
     world_size: int = 1
     first_batch: int = 0
+    repeats: int = 1
 
     def positions(self, batch: int) -> range:
-        """The positions of a batch's rows; the ranks' batches of one number lie side by side."""
-        start = ((self.first_batch + batch) * self.world_size + self.rank) * self.micro_bsz
+        """The positions of a batch's rows; the ranks' batches of one number lie side by side, and none is left out.
+        """
+        number = self._number(self.first_batch) + self._number(batch)
+        start = (number * self.world_size + self.rank) * self.micro_bsz
         return range(start, start + self.micro_bsz)
+
+    def _number(self, batch: int) -> int:
+        """The number of a batch among those that differ: later steps draw what the first of their ``repeats`` did."""
+        at_once = self.repeats * self.accumulate
+        epoch, within = divmod(batch, self.epoch_steps)
+        whole, rest = divmod(self.epoch_steps, at_once)
+        in_epoch = whole * self.accumulate + min(rest, self.accumulate)
+        return epoch * in_epoch + within // at_once * self.accumulate + within % self.accumulate
 
     def groups(self, begin: int, end: int) -> list[Group]:
         """The optimizer steps that batches ``begin`` to ``end`` - 1 belong to, cut to those batches."""

@@ -88,7 +88,7 @@ class PairSource(RecordSource):
             try:
                 made = token_pair(read_pair(record.value, unpaired=unpaired), tokenizer, table)
             except (RecordError, UserError, RecursionError) as reason:
-                error = _refusal(name, record, reason)
+                error = record_error(name, record, reason)
                 if refuse is None:
                     raise error from reason
                 refuse(error)
@@ -113,16 +113,19 @@ class PairSource(RecordSource):
 
 def open_pair_source(config: DataConfig, path: str, *, unpaired: bool) -> PairSource:
     """One file of ``--data_file``. Raises: UserError as ``PairSource``, and for a file without records."""
-    records = preference_records(config, path)
+    records = records_of(config, path)
     return PairSource(path, records, load_tokenizer(config.tokenizer), unpaired=unpaired)
 
 
-def preference_records(config: DataConfig, path: str) -> Iterator[Record]:
+def records_of(config: DataConfig, path: str) -> Iterator[Record]:
     """The records of a jsonl file, a table or a dataset. Raises: UserError for data of another kind."""
     kind = format_of(path, config.data_type)
     if config.sft_field:
-        raise UserError("--sft_field is not read with this --objective: the columns are known by their names",
-                        found=" ".join(config.sft_field), fix="name the columns prompt, chosen and rejected")
+        raise UserError(
+            "--sft_field is not read with this --objective: the columns are known by their names",
+            found=" ".join(config.sft_field),
+            fix="name the columns prompt, chosen and rejected; for rewards prompt, and what the rewards look at",
+        )
     if kind == "jsonl":
         return read_records(path)
     if kind == "sft":
@@ -164,11 +167,12 @@ def _shared(one: list[int], other: list[int], most: int) -> int:
     return max(0, common - 1)
 
 
-def _refusal(name: str, record: Record, reason: Exception) -> UserError:
-    what = reason.what if isinstance(reason, UserError) else str(reason)
+def record_error(name: str, record: Record, reason: Exception) -> UserError:
+    """The error for a record that cannot be used, with NAME:LINE and its beginning."""
     if isinstance(reason, RecursionError):
-        what = "nested too deeply to be read"
-        return line_error(name, record.line, what, "")
+        # to be written as JSON takes more of the stack than to be read
+        return line_error(name, record.line, "nested too deeply to be read", "")
+    what = reason.what if isinstance(reason, UserError) else str(reason)
     # tables hold values that JSON does not know, as dates
     shown = json.dumps(record.value, ensure_ascii=False, default=str)[:SHOWN]
     return line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace")))
