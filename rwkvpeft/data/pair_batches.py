@@ -61,6 +61,11 @@ class PairCollator:
         )
 
 
+def preferred(row: Row) -> Row:
+    """The prompt of a row with the chosen answer behind it, as one document; without one that is not there."""
+    return one_behind_another(list(apart(row))[:2])._replace(lengths=None)
+
+
 def packed(parts: Iterator[Row] | Sequence[Row]) -> Row:
     """The packed row of a shared part and its answers, each of which may be empty."""
     return one_behind_another([part._replace(lengths=(len(part.input_ids),)) for part in parts])

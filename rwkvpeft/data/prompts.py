@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkvpeft.data.conversation import RecordError, answer_spans, document_text
+from rwkvpeft.data.pair_batches import PairCollator, preferred
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.template import SEPARATOR, chat_prompt
 from rwkvpeft.data.tokenizer import Tokenizer
@@ -68,6 +69,8 @@ def held_out_prompts(dataset: RowDataset, tokenizer: Tokenizer, number: int) -> 
 def _documents(dataset: RowDataset, index: int, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     """Texts of the documents of a row as far as they can be told apart, and whether their ends are in the row."""
     row = dataset.row(index)
+    if isinstance(dataset.collator, PairCollator):
+        row = preferred(row)
     start = 0
     for length in row.lengths or (len(row.input_ids),):
         tokens = [*row.input_ids[start : start + length].tolist(), *row.labels[start + length - 1 : start + length]]
