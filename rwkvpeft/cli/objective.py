@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.data.prompt_rows import MixedPrompts, PromptRows, record_of
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
 from rwkvpeft.generation.batched import Request, decode
@@ -21,24 +24,29 @@ from rwkvpeft.training.resting import at_rest
 _MOST_AT_ONCE = 256
 
 
-def provide(config: TrainConfig, rows: RowDataset, program: RowChoice | RowProgram) -> Provided:
+def provide(
+    config: TrainConfig, rows: RowDataset, held_out: RowDataset | None, program: RowChoice | RowProgram
+) -> Provided:
     """What the run's objective is made of, beside its settings and the adapter.
 
     Args:
         program: what works on the loss's rows of logits.
     """
     if config.objective.objective == "grpo":
-        return _for_rewards(config, rows, program)
+        return _for_rewards(config, [rows] if held_out is None else [rows, held_out], program)
     return Provided(rows=program)
 
 
-def _for_rewards(config: TrainConfig, rows: RowDataset, program: RowChoice | RowProgram) -> Provided:
+def _for_rewards(config: TrainConfig, data: Sequence[RowDataset], program: RowChoice | RowProgram) -> Provided:
+    prompts = [rows for rows in data if isinstance(rows, PromptRows | MixedPrompts)]
     tokenizer = data_tokenizer(config.data)
     stop = StopTexts(tokenizer, (*STOP, *config.rewards.answer_stop))
     return Provided(
         rows=program,
         answer=_answers(config, stop, tokenizer.end_token),
         text=tokenizer.decode,
+        record=partial(record_of, prompts),
+        folder=Path(config.output.proj_dir) / "rollouts",
     )
 
 

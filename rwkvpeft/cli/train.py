@@ -55,12 +55,12 @@ def _train_together(given: dict[str, Any], argv: list[str]) -> int:
 def _check_data(given: dict[str, Any]) -> int:
     """Report on the data alone; 2 where a line of them cannot be trained on."""
     config, _ = resolve(given, Machine("cpu", has_bf16=True), files_too=True, planned=True)
-    from rwkvpeft.data.check import check_data
+    from rwkvpeft.data.check_records import check_training_data
     from rwkvpeft.data.check_report import render, write_picture
     from rwkvpeft.data.progress import ProgressLines
 
     with ProgressLines(sys.stderr.isatty()) as progress:
-        found = check_data(config.data, progress.show_slow)
+        found = check_training_data(config, progress.show_slow)
     print(render(found))
     picture = Path(config.output.proj_dir) / "data_lengths.png"
     if len(found.lengths()) and write_picture(found, picture):
@@ -148,7 +148,7 @@ def _fit(
         keep_vocabulary(config.data)
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
-    provided = provide(config, opened.rows, chosen.rows.program)
+    provided = provide(config, opened.rows, opened.held_out, chosen.rows.program)
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
                  provided=provided, watched=watched, begun=begun, also=peers.callbacks())
     ending = report.end_lines(config, base, result)

@@ -73,7 +73,7 @@ def fit(
         config: resolved settings.
         recipe: of the checkpoints to write; step, epoch and loss are filled in.
         report: takes each line of text for the user.
-        provided: what the objective is made of; ``adapter`` is put in.
+        provided: what the objective is made of, beside the adapter and the run's step.
         watched: what the run is watched by; None for nothing.
         begun: mini-epochs that earlier runs have done, with whose weights this one begins.
         also: further callbacks; they come first.

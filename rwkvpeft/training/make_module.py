@@ -43,7 +43,9 @@ def make_module(
     return RwkvModule(
         model.train(),
         # to count the rows that are trained would make the processor wait, which no recording can
-        build_objective(config, replace(provided, compact=graphs is None, adapter=adapter)),
+        build_objective(
+            config, replace(provided, compact=graphs is None, adapter=adapter, step=lambda: progress.step)
+        ),
         schedule=build_schedule(
             # the data may have told how many mini-epochs the tokens take
             replace(config.schedule, epoch_count=plan.epoch_count),
