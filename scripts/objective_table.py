@@ -16,6 +16,7 @@ import io
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,11 +84,15 @@ def words_of(objective: str, version: str, folder: Path) -> list[str]:
     return ["--data_file", str(folder / "texts.jsonl")]
 
 
-def quietly(command: object, words: list[str]) -> tuple[int, str]:
+def quietly(command: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
     """The exit code of a command of ours, and the last line it wrote of an error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = command(words)  # type: ignore[operator]
+        try:
+            code = command(words)
+        except Exception as reason:  # noqa: BLE001
+            # a table of all that works is worth more than its first failure
+            return 1, repr(reason)
     return code, err.getvalue().strip()
 
 
