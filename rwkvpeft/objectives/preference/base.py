@@ -56,7 +56,7 @@ class Preference(ABC):
     """A loss over prompts with a chosen and a rejected answer.
 
     The loss is the sum over the examples over ``normaliser[0]``, and ``sft_share`` times the chosen answers' cross
-    entropy: the sum over their tokens over ``normaliser[1]``. A pair that lacks a scored answer is no example.
+    entropy: the sum over their tokens over ``normaliser[1]``.
 
     Args:
         beta: how much the difference of two answers counts.
@@ -123,19 +123,33 @@ class Preference(ABC):
         """What the trained model says of the answers."""
         return score_answers(model, batch, self.provided, collision=self.wants_collisions)
 
+    @abstractmethod
     def compare(self, policy: Scores, reference: Tensor | None) -> Found:
-        """Sum up the losses of all pairs.
+        """Sum up the losses of all examples.
 
         Args:
             reference: (P, A), sums of log-probabilities; None for a loss that compares with nothing.
         """
+
+    def shown(self, policy: Scores) -> Tensor:
+        """The log-probabilities that figures are made of, (P, A)."""
+        logprobs = policy.logprobs.detach()
+        return policy.means(logprobs) if self.length_norm else logprobs
+
+
+@dataclass(frozen=True)
+class Pairwise(Preference):
+    """A loss of each pair alone. A pair that lacks a scored answer is no example."""
+
+    def compare(self, policy: Scores, reference: Tensor | None) -> Found:
+        """See ``Preference``."""
         values = policy.logprobs if reference is None else policy.logprobs - reference
         if self.length_norm:
             values = policy.means(values)
         chosen, rejected = values[:, :2].unbind(dim=1)
         pairs = policy.pairs
         losses = self.losses(chosen, rejected, policy).where(pairs, 0)
-        figures = pair_figures(self.beta * values.detach(), self._shown(policy))
+        figures = pair_figures(self.beta * values.detach(), self.shown(policy))
         sums = {name: value.where(pairs, 0).sum() for name, value in figures.items()}
         return Found(losses.sum(), pairs.sum().to(losses), sums)
 
@@ -148,10 +162,6 @@ class Preference(ABC):
                 the settings say so.
             policy: what else the model said of them.
         """
-
-    def _shown(self, policy: Scores) -> Tensor:
-        logprobs = policy.logprobs.detach()
-        return policy.means(logprobs) if self.length_norm else logprobs
 
 
 def pair_figures(rewards: Tensor, logprobs: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rwkvpeft.config.objective import ObjectiveConfig
-from rwkvpeft.objectives.preference.base import Preference
+from rwkvpeft.objectives.preference.base import Pairwise
 from rwkvpeft.objectives.preference.margin import margin_losses
 from rwkvpeft.objectives.preference.scores import Scores
 
@@ -27,7 +27,7 @@ def cpo_losses(
 
 
 @dataclass(frozen=True)
-class Cpo(Preference):
+class Cpo(Pairwise):
     """The chosen answer is to be likelier than the rejected one, and likely: ``sft_share`` is its cross entropy.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rwkvpeft.config.objective import ObjectiveConfig
-from rwkvpeft.objectives.preference.base import Preference
+from rwkvpeft.objectives.preference.base import Pairwise
 from rwkvpeft.objectives.preference.margin import margin_losses
 from rwkvpeft.objectives.preference.scores import Scores
 
@@ -27,7 +27,7 @@ def dpo_losses(
 
 
 @dataclass(frozen=True)
-class Dpo(Preference):
+class Dpo(Pairwise):
     """The chosen answer is to gain more over the reference than the rejected one.
 
     Args:

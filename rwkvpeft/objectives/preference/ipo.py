@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rwkvpeft.objectives.preference.base import Preference
+from rwkvpeft.objectives.preference.base import Pairwise
 from rwkvpeft.objectives.preference.scores import Scores
 
 
@@ -24,7 +24,7 @@ def ipo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ipo(Preference):
+class Ipo(Pairwise):
     """The chosen answer is to gain a certain amount more over the reference than the rejected one, and no more."""
 
     name: ClassVar[str] = "ipo"

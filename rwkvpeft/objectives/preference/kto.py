@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rwkvpeft.config.objective import ObjectiveConfig
 from rwkvpeft.data.batches import PreferenceBatch
+from rwkvpeft.objectives.answers import evaluating
 from rwkvpeft.objectives.preference.base import Found, Preference, pair_figures
-from rwkvpeft.objectives.preference.scores import Scores, at_rest, score_answers, some_answers
+from rwkvpeft.objectives.preference.scores import Scores, score_answers, some_answers
 
 
 def kto_losses(
@@ -70,7 +71,7 @@ class Kto(Preference):
 
     def read(self, model: nn.Module, batch: PreferenceBatch) -> Scores:
         """What the trained model says; answers to other prompts are no part of the backward pass."""
-        with at_rest(model):
+        with torch.no_grad(), evaluating(model):
             others = score_answers(model, some_answers(batch, 2, 3), self.provided)
         own = score_answers(model, some_answers(batch, 0, 2), self.provided)
         return Scores(torch.cat([own.logprobs, others.logprobs], 1), torch.cat([own.tokens, others.tokens], 1))
@@ -93,7 +94,7 @@ class Kto(Preference):
         present = policy.tokens[:, :2] > 0
         rewards = self.beta * ratios[:, :2].where(present, 0)
         right = torch.stack([rewards[:, 0] > self.beta * kl, rewards[:, 1] < self.beta * kl], dim=1)
-        figures = pair_figures(rewards, self._shown(policy))
+        figures = pair_figures(rewards, self.shown(policy))
         in_order = figures.pop("accuracy")[:, None] > 0
         right = torch.where(policy.pairs[:, None], in_order, right) & present
         return {name: 2 * x.sum() for name, x in figures.items()} | {"accuracy": right.sum().to(rewards)}

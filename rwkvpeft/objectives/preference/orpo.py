@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkvpeft.objectives.preference.base import Preference
+from rwkvpeft.objectives.preference.base import Pairwise
 from rwkvpeft.objectives.preference.scores import Scores
 
 
@@ -41,7 +41,7 @@ def _log_one_minus_exp(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Orpo(Preference):
+class Orpo(Pairwise):
     """The chosen answer's odds are to be larger than the rejected one's, without a reference; ``beta`` is the paper's
     lambda, ``sft_share`` 1 its cross entropy, here the mean over all chosen tokens of the step."""
 

@@ -5,16 +5,14 @@ Letters: P prompts, A answers to each, T tokens of all answers.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkvpeft.data.batches import PreferenceBatch
 from rwkvpeft.errors import ContractError
-from rwkvpeft.objectives.answers import read_answers
+from rwkvpeft.objectives.answers import evaluating, read_answers
 from rwkvpeft.objectives.base import Provided
 from rwkvpeft.objectives.label_logprobs import label_logprobs
 from rwkvpeft.ops.sequences import Sequences
@@ -63,21 +61,8 @@ def reference_logprobs(model: Any, batch: PreferenceBatch, provided: Provided) -
         return batch.reference
     if provided.adapter is None:
         raise ContractError("neither an adapter to switch off nor log-probabilities of a reference")
-    with at_rest(model), provided.adapter.disabled(model):
+    with torch.no_grad(), evaluating(model), provided.adapter.disabled(model):
         return score_answers(model, batch, provided).logprobs
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Generator[None, None, None]:
-    """Inside the block the model is only asked: no gradients, nothing drops out."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def some_answers(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch:

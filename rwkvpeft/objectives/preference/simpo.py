@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rwkvpeft.config.objective import ObjectiveConfig
-from rwkvpeft.objectives.preference.base import Preference
+from rwkvpeft.objectives.preference.base import Pairwise
 from rwkvpeft.objectives.preference.margin import margin_losses
 from rwkvpeft.objectives.preference.scores import Scores
 
@@ -28,7 +28,7 @@ def simpo_losses(
 
 
 @dataclass(frozen=True)
-class Simpo(Preference):
+class Simpo(Pairwise):
     """The chosen answer's tokens are to be likelier by a margin than the rejected one's, without a reference.
 
     Args:

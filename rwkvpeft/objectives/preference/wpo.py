@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rwkvpeft.objectives.preference.base import Preference
+from rwkvpeft.objectives.preference.base import Pairwise
 from rwkvpeft.objectives.preference.dpo import dpo_losses
 from rwkvpeft.objectives.preference.scores import Scores
 
@@ -27,7 +27,7 @@ def wpo_weights(logprobs: Tensor, collisions: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Wpo(Preference):
+class Wpo(Pairwise):
     """DPO on answers that were not drawn from the model, weighted as if they had been."""
 
     name: ClassVar[str] = "wpo"
