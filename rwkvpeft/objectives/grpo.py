@@ -21,17 +21,15 @@ from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.objective import RewardConfig
 from rwkvpeft.data.batches import PromptBatch
 from rwkvpeft.errors import ContractError
-from rwkvpeft.models.layers import Linear
 from rwkvpeft.objectives.advantages import advantages, equal_groups
 from rwkvpeft.objectives.answers import evaluating, read_answers
 from rwkvpeft.objectives.base import Loss, Provided
+from rwkvpeft.objectives.label_logprobs import label_logprobs
 from rwkvpeft.objectives.own_answers import OwnAnswers, prompts_of
 from rwkvpeft.objectives.policy_loss import Groups, PolicyLoss, Probabilities
 from rwkvpeft.objectives.reward_functions import load_rewards
 from rwkvpeft.objectives.rollouts import KeptRollouts, Rollout
 from rwkvpeft.ops.sequences import Sequences
-from rwkvpeft.ops.token_logprobs import Head, token_logprobs
-from rwkvpeft.quantization.linear import QuantizedLinear
 
 
 class _Packed(NamedTuple):
@@ -136,31 +134,22 @@ class Grpo:
         return ended if self.settings.overlong == "mask" else torch.ones_like(ended)
 
     def _probabilities(self, model: Any, packed: _Packed, rollouts: Sequence[Rollout]) -> Probabilities:
+        reference = None
+        if self.settings.kl_beta:
+            assert self.provided.adapter is not None
+            # before the trained model reads: what that keeps for its backward pass must not be exchanged in between
+            with torch.no_grad(), evaluating(model), self.provided.adapter.disabled(model):
+                reference = self._logprobs(model, packed)
         new = self._logprobs(model, packed)
         before = [answer for rollout in rollouts for answer in rollout.old]
-        old = _flat(before, new) if before else new.detach()
-        if not self.settings.kl_beta:
-            return Probabilities(new, old)
-        assert self.provided.adapter is not None
-        with torch.no_grad(), evaluating(model), self.provided.adapter.disabled(model):
-            return Probabilities(new, old, self._logprobs(model, packed))
+        return Probabilities(new, _flat(before, new) if before else new.detach(), reference)
 
     def _logprobs(self, model: Any, packed: _Packed) -> Tensor:
         """Log-probabilities of the answers' tokens at the temperature they are drawn with, (T,)."""
         hidden = read_answers(model, packed.shared_ids, packed.shared, packed.input_ids, packed.answers)
-        head: Head = model.head
-        if isinstance(head, Linear):
-            head = head.weight
-        elif isinstance(head, QuantizedLinear):
-            head = head.dequantized(hidden.dtype)
-        return token_logprobs(
-            hidden,
-            head,
-            packed.labels,
-            chunk_rows=self.provided.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
-            temperature=self.settings.answer_temperature,
-            rows=self.provided.rows,
-        ).logprobs
+        weights = torch.ones_like(packed.labels, dtype=torch.float32)
+        temperature = self.settings.answer_temperature
+        return label_logprobs(model, hidden, packed.labels, weights, self.provided, temperature=temperature).logprobs
 
     def _figures(self, rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, Tensor]:
         """What is known of each prompt's answers without the model, (P,) fp64 each."""
