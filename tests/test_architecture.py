@@ -14,7 +14,7 @@ FLOORS = [
     ("adapters",),
     ("objectives", "checkpoints"),
     ("training", "generation", "memory"),
-    ("cli", "convert", "evaluate", "generate", "plan", "quantize"),
+    ("cli", "convert", "evaluate", "generate", "plan", "quantize", "teacher"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # the ground floor's own order: a name may import the names before it

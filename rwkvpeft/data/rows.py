@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +136,13 @@ class DocumentRows(DocumentDataset):
     If rows are to be ``equal``, all have ctx_len tokens: behind a short document the stream goes on, with weight 0. A
     document without a trained token is left out; ``SCANNED_DOCUMENTS`` and ``SCANNED_TOKENS`` bound how far they are
     looked for.
+
+    Attributes:
+        beside: gives what lies beside a row: takes the number of its document in ``source``, the inputs that are of
+            the document, and how long the row is; None for nothing.
     """
+
+    beside: Callable[[int, NDArray[np.int64], int], Mapping[str, NDArray[Any]]] | None = None
 
     def __init__(
         self, source: TokenSource, rule: MaskRule, ctx_len: int, *, seed: int, shuffle: bool, joining: Joining
@@ -163,7 +170,10 @@ class DocumentRows(DocumentDataset):
         tokens = self._continued(document) if self.joining == "equal" else self.source.read(document, length)
         weights = np.zeros(len(tokens) - 1, dtype=np.float32)
         weights[: length - 1] = self.rule.weights(self.source, document, length)[1:]
-        return _row(tokens, weights)
+        row = _row(tokens, weights)
+        if self.beside is None:
+            return row
+        return row._replace(beside=self.beside(document, row.input_ids[: length - 1], len(row.input_ids)))
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See ``DocumentDataset``."""
