@@ -47,6 +47,8 @@ class DataCheck:
         examples: under the name of a count, where the first ones are.
         notes: how files are read.
         refusals: why a run would not begin with these data.
+        are_prompts: the model answers the documents itself, and nothing of them is trained.
+        too_long: prompts that are left out, being longer than a row.
     """
 
     ctx_len: int | None
@@ -62,11 +64,14 @@ class DataCheck:
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    are_prompts: bool = False
+    too_long: int = 0
 
     @property
     def is_fine(self) -> bool:
         """Whether a run would take the data."""
-        return not self.bad and not self.refusals and self.trained > 0
+        usable = len(self.lengths()) > self.too_long if self.are_prompts else self.trained > 0
+        return not self.bad and not self.refusals and usable
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document."""
@@ -153,7 +158,7 @@ def _count(
     found.sizes.append(np.asarray(source.sizes, dtype=np.int32))
     for first, end in _ranges(source):
         documents = [source.read(index) for index in range(first, end)]
-        _count_thoughts(documents, first, place, tokenizer, found)
+        count_thoughts(documents, first, place, tokenizer, found)
         for index, tokens in enumerate(documents, start=first):
             digest = hashlib.blake2b(tokens.tobytes(), digest_size=12).digest()
             earlier = seen.setdefault(digest, place(index))
@@ -186,9 +191,11 @@ def _ranges(source: TokenSource) -> Iterator[tuple[int, int]]:
         first = end
 
 
-def _count_thoughts(
+def count_thoughts(
     documents: list[Tokens], first: int, place: Callable[[int], str], tokenizer: Tokenizer, found: DataCheck
 ) -> None:
+    """Count the documents whose thoughts do not end, or end without having begun; ``first`` is the number of the first
+    of them."""
     opening, closing = tokenizer.to_bytes(THINK), tokenizer.to_bytes(THINK_END)
     together = tokenizer.spell(np.concatenate(documents))
     if opening not in together and closing not in together:

@@ -17,6 +17,7 @@ _WARNINGS = {
     "cut_answers": "that lose trained tokens by that",
     "open_thoughts": "with a <think> that is never closed",
     "stray_ends": "with a </think> that nothing opens",
+    "too_long": "longer than --ctx_len, which are left out",
     "duplicates": "that stood there before, token for token",
 }
 
@@ -28,7 +29,8 @@ def render(found: DataCheck) -> str:
         return "\n".join(["data: no document", "error: there is nothing to train on", *_bad_lines(found)])
     tokens = int(lengths.sum(dtype=np.int64))
     lines = [f"data: {_number(len(lengths), 'document')}, {_number(tokens, 'token')}"]
-    lines.append(f"trained: {_number(found.trained, 'token')}, {100 * found.trained / tokens:.1f} %")
+    if not found.are_prompts:
+        lines.append(f"trained: {_number(found.trained, 'token')}, {100 * found.trained / tokens:.1f} %")
     lines += [*_histogram(lengths, found.ctx_len)]
     lines += [f"note: {note}" for note in found.notes]
     for name, words in _WARNINGS.items():
@@ -38,7 +40,9 @@ def render(found: DataCheck) -> str:
             more = ", ..." if count > len(found.examples[name]) else ""
             share = 100 * count / len(lengths)
             lines.append(f"note: {_number(count, 'document')} ({share:.1f} %) {words}: {examples}{more}")
-    if not found.trained:
+    if found.are_prompts and found.too_long == len(lengths):
+        lines.append("error: every prompt is longer than --ctx_len")
+    if not found.trained and not found.are_prompts:
         lines.append("error: nothing would be trained with these settings")
     lines += [f"error: {refusal}" for refusal in found.refusals]
     return "\n".join([*lines, *_bad_lines(found)])

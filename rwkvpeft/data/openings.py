@@ -22,7 +22,7 @@ def open_rows(config: TrainConfig, data: DataConfig, vocab_size: int, first_numb
     assert config.data.ctx_len is not None
     ctx_len, seed = config.data.ctx_len, config.runtime.random_seed
     if config.objective.reads == "pairs":
-        return open_pairs(data, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed, answers=_answers(config))
+        return open_pairs(data, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed, answers=answers_of(config))
     if config.objective.reads == "prompts":
         return open_prompts(data, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed, first_number=first_number)
     return open_dataset(data, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed)
@@ -34,12 +34,13 @@ def open_rows_split(config: TrainConfig, share: float, vocab_size: int) -> tuple
     ctx_len, seed = config.data.ctx_len, config.runtime.random_seed
     if config.objective.reads == "pairs":
         return open_pairs_split(
-            config.data, share, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed, answers=_answers(config)
+            config.data, share, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed, answers=answers_of(config)
         )
     if config.objective.reads == "prompts":
         return open_prompts_split(config.data, share, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed)
     return open_split(config.data, share, ctx_len=ctx_len, vocab_size=vocab_size, seed=seed)
 
 
-def _answers(config: TrainConfig) -> int:
+def answers_of(config: TrainConfig) -> int:
+    """Answers to each prompt that the objective reads."""
     return WITH_MISMATCHED if config.objective.objective == "kto" else PAIR

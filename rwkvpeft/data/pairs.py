@@ -54,6 +54,7 @@ class PairRows(DocumentDataset):
 
     Attributes:
         answers: A, 2, or 3 with an answer to another prompt.
+        records: (len,) the number of each row's record in the source.
         reference: (len, A) fp32, the reference's log-probability of each answer's scored tokens, which then lie beside
             the rows; set it before workers start.
     """
@@ -81,14 +82,14 @@ class PairRows(DocumentDataset):
         self._is_scored = _scored_voices(self._pairs, scoring or Scoring())
         counts = self._count(numbers)
         kept = self._usable(numbers, counts)
-        self._records = numbers[kept]
+        self.records = numbers[kept]
         self._counts = _Counts(counts.lengths[kept], counts.scored[kept], counts.is_cut[kept])
         self._partners = self._find_partners() if answers == WITH_MISMATCHED else None
         self._lengths = self._with_partners()
         self.lengths = self._lengths.sum(axis=1)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     @property
     def crowded_row(self) -> tuple[int, ...]:
@@ -98,7 +99,7 @@ class PairRows(DocumentDataset):
 
     def row(self, index: int) -> Row:
         """Record number ``index`` of those that are not left out."""
-        record = int(self._records[index])
+        record = int(self.records[index])
         tokens, scored = self._read(record)
         chosen, rejected = self.parts(record)
         shared = chosen.start
@@ -124,7 +125,7 @@ class PairRows(DocumentDataset):
 
     def label(self, index: int) -> str:
         """See ``DocumentDataset``: FILE:LINE."""
-        return self._pairs.label(int(self._records[index]))
+        return self._pairs.label(int(self.records[index]))
 
     def replaced(self) -> list[str]:
         """See ``RowDataset``."""
@@ -175,16 +176,16 @@ class PairRows(DocumentDataset):
         other, number = self._partners[index].tolist()
         if other < 0:
             return self._answer(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool), shared)
-        own, _ = self._read(int(self._records[index]))
-        theirs, scored = self._read(int(self._records[other]))
-        before, part = self._before(index), self.parts(int(self._records[other]))[number]
+        own, _ = self._read(int(self.records[index]))
+        theirs, scored = self._read(int(self.records[other]))
+        before, part = self._before(index), self.parts(int(self.records[other]))[number]
         tokens = np.concatenate([own[before.start : before.answer], theirs[part.answer : part.stop]])
         scored = np.concatenate([np.zeros(before.answer - before.start, dtype=bool), scored[part.answer : part.stop]])
         return self._answer(tokens, scored, shared)
 
     def _before(self, index: int) -> Part:
         """The first answer of a record that is there, in front of which the rest of the prompt stands."""
-        return next(part for part in self.parts(int(self._records[index])) if part.stop > part.start)
+        return next(part for part in self.parts(int(self.records[index])) if part.stop > part.start)
 
     def _count(self, numbers: NDArray[np.int64]) -> _Counts:
         lengths, scored = np.zeros((len(numbers), 3), dtype=np.int64), np.zeros((len(numbers), 2), dtype=np.int64)
@@ -231,7 +232,7 @@ class PairRows(DocumentDataset):
         return partners
 
     def _prompt(self, index: int) -> bytes:
-        tokens = self._pairs.read(int(self._records[index]))[: self._before(index).answer]
+        tokens = self._pairs.read(int(self.records[index]))[: self._before(index).answer]
         return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
     def _with_partners(self) -> NDArray[np.int64]:
@@ -241,7 +242,7 @@ class PairRows(DocumentDataset):
         own = np.zeros((len(self), 1), dtype=np.int64)
         for index, (other, number) in enumerate(self._partners.tolist()):
             if other >= 0:
-                before, part = self._before(index), self.parts(int(self._records[other]))[number]
+                before, part = self._before(index), self.parts(int(self.records[other]))[number]
                 whole = before.answer - before.start + part.stop - part.answer - 1
                 own[index] = min(whole, self.ctx_len - int(self._counts.lengths[index, 0]))
         return np.concatenate([self._counts.lengths, own], axis=1)

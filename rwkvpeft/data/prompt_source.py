@@ -6,7 +6,7 @@ All fields of a record are kept, for what judges the answers may want to know mo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,8 +89,17 @@ class PromptSource(RecordSource):
         records: with the fields ``prompt_text``, and ``answer`` where a conversation gives one.
     """
 
-    def __init__(self, name: str, records: Iterable[Record], tokenizer: Tokenizer, text_key: str = "text") -> None:
-        """Args: ``name`` of the file. Raises: UserError with NAME:LINE for a record without a prompt."""
+    def __init__(
+        self,
+        name: str,
+        records: Iterable[Record],
+        tokenizer: Tokenizer,
+        text_key: str = "text",
+        *,
+        refuse: Callable[[UserError], None] | None = None,
+    ) -> None:
+        """Args: ``name`` of the file; ``refuse``: is told of a record that cannot be used, which is then left out;
+        None: it is raised. Raises: UserError with NAME:LINE for a record without a prompt."""
         self.name = name
         self.records: list[Mapping[str, Any]] = []
         stream, sizes, lines = empty_stream(tokenizer), array("i"), array("q")
@@ -99,7 +108,11 @@ class PromptSource(RecordSource):
                 asked = read_prompt(record.value, text_key)
                 tokens = tokenizer.encode(asked.text)
             except (RecordError, UserError, RecursionError) as reason:
-                raise record_error(name, record, reason) from reason
+                error = record_error(name, record, reason)
+                if refuse is None:
+                    raise error from reason
+                refuse(error)
+                continue
             stream.extend(array(stream.typecode, tokens))
             sizes.append(len(tokens))
             lines.append(record.line)
