@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
 from rwkvpeft.cli.tuned_model import add_model_flags, load_from_flags
-from rwkvpeft.config.check_sources import by_source
+from rwkvpeft.config.check_sources import TEXTS, by_source
 from rwkvpeft.config.data_files import check_data_files, data_files, without_suffix
 from rwkvpeft.config.findings import Findings
 from rwkvpeft.config.flags import FlagSpec, specs
@@ -82,7 +82,13 @@ def _run(arguments: list[str]) -> int:
 
 def _checked(values: dict[str, Any], flags: argparse.Namespace) -> DataConfig:
     """The data's settings. Raises: UserError listing every mistake found."""
-    if values.get("data_type") != "dummy" and not values.get("data_file"):
+    if values.get("data_type") in TEXTS:
+        raise UserError(
+            "stored labels are of documents, and a text is trained in windows that begin anywhere",
+            found=f"--data_type {values['data_type']}",
+            fix="the model itself: train.py --objective distill --teacher MODEL.pth",
+        )
+    if not values.get("data_file"):
         raise UserError("--data_file is missing", expected="PREFIX of PREFIX.bin and PREFIX.idx, a .jsonl file, or "
                         "what --data_type says")
     by_source(values)
