@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rwkvpeft.training.callbacks.data_files import DataFiles
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
+from rwkvpeft.training.callbacks.rollouts import RolloutLog
 from rwkvpeft.training.callbacks.saving import Occasions, Saving, mean_loss, write_owed
 from rwkvpeft.training.callbacks.watching import Watched, Watching
 from rwkvpeft.training.checkpoints import Checkpoints, of_earlier_runs
@@ -98,7 +99,9 @@ def fit(
                         checkpoints, say, reads.waiting)
     faults = FaultLog(Path(config.output.proj_dir), say, is_first_process)
     guard = make_guard(model, data, config, progress, sharing, faults)
-    module = make_module(model, adapter, config, plan, progress, sharing, guard, provided or Provided(), say)
+    rollouts = RolloutLog(Path(config.output.proj_dir), progress, say)
+    provided = replace(provided or Provided(), log=rollouts.write)
+    module = make_module(model, adapter, config, plan, progress, sharing, guard, provided, say)
     if left <= 0 or progress.step >= plan.total_steps or watching.gives_up:
         if point is not None and point.standing.owed:
             write_owed(point, module, checkpoints)
@@ -112,6 +115,8 @@ def fit(
     saving = _saving(config, checkpoints, plan, essentials, point, say, lambda: signals.asked)
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
     callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving, DataFiles(data.dataset, say)]
+    if config.objective.objective == "grpo":
+        callbacks.append(rollouts)
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
         callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send, say))
