@@ -13,6 +13,11 @@ from rwkvpeft.ops.sequences import Sequences, taking_sequences
 from rwkvpeft.registry import BACKENDS, MODELS, find
 
 VOCABULARY = 23
+SETTINGS = {
+    "lora": {"r": 2, "lora_dropout": 0},
+    "state": {"token_shift": True},
+    "lora+state": {"r": 2, "lora_dropout": 0, "state": {"token_shift": True}},
+}
 
 
 class Pairs:
@@ -70,13 +75,16 @@ def make_model(version, *, dtype=torch.float64, peft="lora", parts=("time", "ln"
     model = build_model(shape, taking_sequences(operator, find(BACKENDS[operator], "torch", flag="--op")))
     weights = find(MODELS, version, flag="--my_testing").initial_weights(shape)
     weights = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in weights.items()}
-    settings = {"lora": {"r": 2}, "state": {"token_shift": True}}.get(peft, {})
+    settings = {} if peft == "none" else dict(SETTINGS.get(peft, {"r": 4}))
     adapter = build_adapter(peft, settings, [] if peft == "state" else parts)
     fill_model(model, weights, device="cpu", dtype=dtype, source="test")
     if adapter is None:
         model.requires_grad_(True)
         return model.train(), None
     adapter.attach(model)
+    for parameter in model.parameters():
+        # trained ones are fp32: their gradients would be rounded
+        parameter.data = parameter.data.to(dtype)
     if move:
         move_trained(model)
     return model.train(), adapter
