@@ -18,7 +18,9 @@ from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.base import Drawn, Provided, Wanted
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
+from rwkvpeft.training.devices import local_device
 from rwkvpeft.training.resting import at_rest
+from rwkvpeft.training.teacher import load_teacher
 
 # answers side by side: a state and a row of logits for each
 _MOST_AT_ONCE = 256
@@ -34,7 +36,7 @@ def provide(
     """
     if config.objective.objective == "grpo":
         return _for_rewards(config, [rows] if held_out is None else [rows, held_out], program)
-    return Provided(rows=program)
+    return Provided(rows=program, teacher=load_teacher(config, local_device(config.runtime)))
 
 
 def _for_rewards(config: TrainConfig, data: Sequence[RowDataset], program: RowChoice | RowProgram) -> Provided:

@@ -22,6 +22,7 @@ from rwkvpeft.training.optimizers.contract import find_optimizer
 from rwkvpeft.training.plan import run_plan
 from rwkvpeft.training.resume import find_point
 from rwkvpeft.training.strategies.build import build_sharing
+from rwkvpeft.training.teacher import taught_rows
 
 
 class Opened(NamedTuple):
@@ -67,6 +68,7 @@ def open_run(config: TrainConfig, base: Base) -> Opened:
     if config.objective.reads == "tokens":
         assemble.check_fits(base, config)
     rows, held_out = watch.open_training_data(config, base.shape.vocab_size)
+    rows = taught_rows(config, base.shape, rows)
     longest, crowded = config, rows.crowded_row
     if config.objective.reads == "prompts":
         crowded = (*crowded, *(config.rewards.answer_tokens,) * config.rewards.group_size)
