@@ -79,7 +79,8 @@ class Grpo:
         ``entropy`` is the mean of minus the log-probability of what was drawn, ``sampling_gap`` that of the distance
         between log-probabilities of drawing and of training.
         """
-        names = ["reward", *(f"reward_{function.name}" for function in self.own.functions), "reward_std"]
+        several = self.own.functions if len(self.own.functions) > 1 else []
+        names = ["reward", *(f"reward_{function.name}" for function in several), "reward_std"]
         names += ["equal_groups", "answer_tokens", "ended", "entropy"]
         # that between a probability of an earlier step and this one's would say nothing
         names += ["sampling_gap"] if self.kept is None else ["clipped"]
