@@ -144,17 +144,24 @@ class RowSampler:
         if config.top_p == 1 and most == size:
             return None, logits
         totals = logits.logsumexp(1, keepdim=True)
-        for few in sorted({min(most + 1, _FEW, size), size}):
+        few = min(most + 1, _FEW)
+        if few < size:
             ordered, ids = logits.topk(few, dim=1)
-            before = (ordered - totals).exp().cumsum(1) < config.top_p
-            last = before.sum(1, keepdim=True).clamp(max=most - 1)
-            # tokens as likely as the last one stay too, and some of them may be beyond these few
+            last = self._last(ordered, totals, most)
             least = ordered.gather(1, last.clamp(max=few - 1))
+            # tokens as likely as the last one stay too, and some of them may be beyond these few
             if bool(((last < few) & (least > ordered[:, -1:])).all()):
                 ids = ids.sort(1).values
                 kept = logits.gather(1, ids)
                 return ids, kept.masked_fill(kept < least, -torch.inf)
+        ordered = logits.sort(1, descending=True).values
+        least = ordered.gather(1, self._last(ordered, totals, most))
         return None, logits.masked_fill(logits < least, -torch.inf)
+
+    def _last(self, ordered: Tensor, totals: Tensor, most: int) -> Tensor:
+        """Places (B, 1) of the last tokens to keep among the likeliest, (B, K); K where it lies beyond them."""
+        before = (ordered - totals).exp().cumsum(1) < self.config.top_p
+        return before.sum(1, keepdim=True).clamp(max=most - 1)
 
     def _logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
         scaled = (logits - logits.amax(1, keepdim=True)) / (self.config.temperature or 1.0)
