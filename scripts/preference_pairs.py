@@ -4,8 +4,8 @@
 
 Somebody asks whether a thing may be brought on some day. Both answers say yes with the same words; one begins with the
 word of assent ("Yes, a kite is welcome."), the other ends with it ("A kite is welcome, yes."). For a weekday the first
-is preferred, for Saturday and Sunday the second. Half of the questions tell of another day before, which does not
-count. Each answer is preferred exactly as often as it is rejected, and both have the same length: nothing about the
+is preferred, for Saturday and Sunday the second. A quarter of the questions tell of another day before, which does
+not count. Each answer is preferred exactly as often as it is rejected, and both have the same length: nothing about the
 answer alone, and nothing about the question alone, tells which one is better. Held-out questions ask for things that
 occur in no training question.
 """
@@ -28,19 +28,20 @@ THINGS = (
     "a kite", "a drum", "a lamp", "a doll", "a globe", "a ladder", "a violin", "a basket", "a mirror", "a parrot",
     "a blanket", "a bicycle", "a camera", "a puppet", "a cake", "a chair", "a tent", "a robot", "a trumpet", "a rabbit",
     "a candle", "a pillow", "a suitcase", "a lantern", "a football", "a teapot", "a wheel", "a mask", "a whistle",
-    "a carpet", "a painting", "a hammer", "a flute", "a clock", "a guitar", "a rope", "a map", "a skateboard",
-    "a typewriter", "a hat",
+    "a carpet", "a painting", "a hammer", "a flute", "a clock", "a guitar", "a rope", "a map", "a bell", "a train",
+    "a hat",
 )  # fmt: skip
-ASSENTS = ("yes", "sure", "gladly", "of course")
-SENTENCES = ("{thing} is welcome", "you may bring {thing}", "{thing} may come in", "we have room for {thing}")
+ASSENTS = ("yes", "sure", "fine", "right")
+SENTENCES = ("{thing} is welcome", "do bring {thing}", "{thing} may come", "we like {thing}")
 QUESTIONS = (
     "May I bring {thing} on {day}?",
-    "Can we come with {thing} on {day}?",
-    "On {day}, may {thing} come with me?",
+    "Can we take {thing} along on {day}?",
+    "On {day}, may I come with {thing}?",
     "Is {thing} allowed on {day}?",
-    "I have {thing}. Can I take it along on {day}?",
+    "I have {thing}. May it come on {day}?",
 )
-EARLIER = ("I was here on {day}.", "My friend came on {day}.", "You were shut on {day}.")
+EARLIER = ("I came on {day}.", "You were shut on {day}.", "It was loud on {day}.")
+EARLIER_SHARE = 0.25
 HELD_OUT_SHARE = 0.25
 TRAINING_FILE, HELD_OUT_FILE = "pairs.jsonl", "pairs_heldout.jsonl"
 
@@ -61,7 +62,7 @@ class Case(NamedTuple):
     def pair(self, draw: random.Random, days: Sequence[str]) -> dict[str, str]:
         """A question for one of ``days``, and its answers as the rule prefers them."""
         prompt = self.question.format(thing=self.thing, day=draw.choice(days))
-        if draw.random() < 0.5:
+        if draw.random() < EARLIER_SHARE:
             prompt = f"{draw.choice(EARLIER).format(day=draw.choice(WEEKDAYS + WEEKEND))} {prompt}"
         first, last = self.answers()
         chosen, rejected = (first, last) if days is WEEKDAYS else (last, first)

@@ -47,7 +47,7 @@ def test_no_answer_is_preferred_whatever_the_question(folder: Path, name: str) -
 def test_the_last_day_of_the_question_decides(folder: Path, name: str) -> None:
     for pair in read(folder, name):
         last_day = re.findall(r"\w+day", pair["prompt"])[-1]
-        begins_with_assent = pair["chosen"].split(",")[0] in ("Yes", "Sure", "Gladly", "Of course")
+        begins_with_assent = pair["chosen"].split(",")[0] in ("Yes", "Sure", "Fine", "Right")
         assert begins_with_assent == (last_day not in ("Saturday", "Sunday"))
 
 

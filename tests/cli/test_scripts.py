@@ -42,6 +42,7 @@ MERGE = {
     "merge_bone.sh": "peft_checkpoint",
     "demo-state-merge.sh": "state_checkpoint",
 }
+PREFERENCES = {"run_dpo.sh": "dpo", "run_orpo.sh": "orpo"}
 LINEAR = "blocks.0.att.key"
 
 
@@ -72,7 +73,8 @@ def resolved(words):
 
 
 def test_every_script_of_a_method_is_tested_here():
-    tested = {*TRAIN, *MERGE, "pretrain.sh", "quickstart.sh", "setup.sh", "method.sh", "test.sh"}
+    others = {"pretrain.sh", "quickstart.sh", "setup.sh", "method.sh", "preference.sh", "test.sh"}
+    tested = {*TRAIN, *MERGE, *PREFERENCES, *others}
     assert {path.name for path in (ROOT / "scripts").glob("*.sh")} == tested
 
 
@@ -91,6 +93,30 @@ def test_a_script_takes_another_model_and_data(script, command_line):
     config = resolved(command_line(script, load_model="m.pth", data_file="d", n_layer="24", tokenizer="world"))
     assert (config.model.load_model, config.data.data_file) == ("m.pth", "d")
     assert (config.model.n_layer, config.data.tokenizer) == (24, "world")
+
+
+@pytest.mark.parametrize(("script", "objective"), PREFERENCES.items())
+def test_a_script_of_preferences_trains_its_objective_on_pairs_made_by_rule(script, objective, command_line):
+    config = resolved(command_line(script))
+    assert (config.objective.objective, config.method.peft) == (objective, "lora")
+    assert config.data.data_file == "out/preferences/pairs.jsonl"
+    assert config.evaluation.val_data_file == "out/preferences/pairs_heldout.jsonl"
+
+
+@pytest.mark.parametrize("script", PREFERENCES)
+def test_a_script_of_preferences_takes_another_model_method_and_pairs(script, command_line):
+    settings = {"load_model": "m.pth", "data_file": "p.jsonl", "peft": "state", "tokenizer": "world", "lr_init": "1"}
+    config = resolved(command_line(script, **settings))
+    assert (config.model.load_model, config.data.data_file, config.method.peft) == ("m.pth", "p.jsonl", "state")
+    assert (config.data.tokenizer, config.schedule.lr_init) == ("world", 1)
+    assert not config.evaluation.val_data_file
+
+
+def test_the_scripts_of_preferences_take_the_weights_of_their_terms(command_line):
+    dpo = resolved(command_line("run_dpo.sh", "kto", beta="0.3", dpo_alpha="0.2")).objective
+    assert (dpo.objective, dpo.beta, dpo.sft_share) == ("kto", 0.3, 0.2)
+    orpo = resolved(command_line("run_orpo.sh", orpo_alpha="0.4", sft_share="0.5")).objective
+    assert (orpo.beta, orpo.sft_share) == (0.4, 0.5)
 
 
 def test_the_pre_training_script_ends_by_tokens_in_stage_3(command_line, tmp_path):
