@@ -125,6 +125,12 @@ def _check_preferences(config: TrainConfig, findings: Findings) -> None:
     for name in ("kto_desirable", "kto_undesirable"):
         value = getattr(objective, name)
         findings.check(value >= 0, f"--{name} is too small", found=value, expected="0 or more")
+    findings.check(
+        not config.runtime.strategy.startswith("deepspeed_stage_3"),
+        "preferences read prompts and answers in two passes of one step, and DeepSpeed's stage 3 follows one alone",
+        found=f"--strategy {config.runtime.strategy}",
+        fix="--strategy fsdp, which splits everything too, or deepspeed_stage_2",
+    )
     full = config.method.peft == "none" and not config.method.layer_profile
     findings.check(
         objective.reference != "base" or not full,
