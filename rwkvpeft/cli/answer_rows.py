@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkvpeft.data.questions import Question, record_error
+from rwkvpeft.data.layouts import RecordError
+from rwkvpeft.data.pair_layouts import CHOSEN, REJECTED, read_pair
 from rwkvpeft.data.template import clean_turn
 
-PAIR_COLUMNS = ("prompt", "chosen", "reject")
+PAIR_COLUMNS = ("prompt", CHOSEN, "reject")
 """Of a csv file, as RWKV-LM-RLHF writes and reads it."""
 
-_REJECTED = ("rejected", "reject")
+_ANYTHING = "-"
 
 
 class Said(NamedTuple):
@@ -40,23 +40,25 @@ class AnswerRows:
         self._key = key
         self._added = (key, "seed", "ended", "tokens", *(["sample"] if n > 1 else []))
 
-    def check(self, path: Path, question: Question) -> None:
-        """Raises: UserError as FILE:LINE if the record has a field that is to be added."""
-        taken = [name for name in self._added if name in question.record]
-        if taken:
-            fix = "--answer_key with another name" if taken[0] == self._key else "give the field another name"
-            what = f'its field "{taken[0]}" would be written over'
-            raise record_error(path, question.line, question.record, what, fix=fix)
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raises: RecordError if the record has a field that is to be added."""
+        taken = next((name for name in self._added if name in record), None)
+        if taken is not None:
+            fix = "give --answer_key another name" if taken == self._key else "give the field another name"
+            raise RecordError(f'its field "{taken}" would be written over; {fix}')
 
-    def row(self, question: Question, said: Said) -> dict[str, Any]:
+    def row(self, record: Mapping[str, Any], said: Said) -> dict[str, Any]:
         """The row of an answer."""
         values = (said.text, said.seed, said.ended, said.tokens, said.sample)
-        return {**question.record, **dict(zip(self._added, values, strict=False))}
+        return {**record, **dict(zip(self._added, values, strict=False))}
 
 
 class PairRows:
     """A row has the record's fields with the answer as ``rejected``, in the form that ``chosen`` has; in csv it is
     ``prompt,chosen,reject``.
+
+    Attributes:
+        same, empty: answers that make no pair, for they are the chosen one or say nothing.
     """
 
     columns = PAIR_COLUMNS
@@ -65,49 +67,39 @@ class PairRows:
         self._is_csv = is_csv
         self.same = self.empty = 0
 
-    def check(self, path: Path, question: Question) -> None:
-        """Raises: UserError as FILE:LINE if the record has no prompt with a chosen answer."""
-        wrong = self._fault(question.record)
-        if wrong:
-            raise record_error(path, question.line, question.record, wrong)
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raises: RecordError if the record lacks a chosen answer, or is none that training with pairs reads."""
+        if record.get(CHOSEN) is None:
+            raise RecordError(f'no field "{CHOSEN}", which --rejected needs beside a prompt')
+        read_pair(_pair(record, _ANYTHING), unpaired=False)
+        if self._is_csv and not (isinstance(record.get("prompt"), str) and isinstance(record[CHOSEN], str)):
+            raise RecordError('csv holds a text "prompt" and a text "chosen"; give --output a name that ends in .jsonl')
 
-    def row(self, question: Question, said: Said) -> dict[str, Any] | None:
-        """The row of an answer; None, and counted, if it is empty or the chosen one: that is no pair."""
-        chosen = question.record["chosen"]
+    def row(self, record: Mapping[str, Any], said: Said) -> dict[str, Any] | None:
+        """The row of an answer; None, and counted, if there is no pair."""
+        chosen = read_pair(_pair(record, _ANYTHING), unpaired=False).chosen
+        assert chosen is not None
         if not said.text.strip():
             self.empty += 1
             return None
-        if clean_turn(said.text) == clean_turn(_words(chosen)):
+        if clean_turn(said.text) == clean_turn(chosen[-1].text):
             self.same += 1
             return None
         if self._is_csv:
-            return {"prompt": question.record["prompt"], "chosen": chosen, "reject": said.text}
-        kept = {name: value for name, value in question.record.items() if name not in _REJECTED}
-        return {**kept, "rejected": _like(chosen, said.text)}
-
-    def _fault(self, record: Mapping[str, Any]) -> str:
-        chosen = record.get("chosen")
-        for name in ("prompt", "chosen"):
-            if record.get(name) is None:
-                return f'no field "{name}"; --rejected needs "prompt" and "chosen"'
-        if not _words(chosen).strip():
-            return 'field "chosen" must be a text, or a list of messages that ends in one; it says nothing'
-        if self._is_csv and not (isinstance(record["prompt"], str) and isinstance(chosen, str)):
-            return "messages do not go into csv; give --output a name that ends in .jsonl"
-        return ""
+            return {"prompt": record["prompt"], CHOSEN: record[CHOSEN], "reject": said.text}
+        return _pair(record, said.text)
 
 
-def _words(chosen: object) -> str:
-    """What a chosen answer says; empty if it is neither a text nor a list of messages."""
-    if isinstance(chosen, list) and chosen and isinstance(chosen[-1], dict):
-        last = chosen[-1]
-        chosen = last.get("content", last.get("value"))
-    return chosen if isinstance(chosen, str) else ""
+def _pair(record: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The record with ``text`` as the rejected answer."""
+    kept = {name: value for name, value in record.items() if name not in REJECTED}
+    return {**kept, REJECTED[0]: _like(record[CHOSEN], text)}
 
 
 def _like(chosen: object, text: str) -> Any:
-    """``text`` in place of what the chosen answer says."""
-    if isinstance(chosen, list):
-        last = chosen[-1]
-        return [*chosen[:-1], {**last, ("content" if "content" in last else "value"): text}]
+    """``text`` in place of what the chosen answer says last."""
+    if isinstance(chosen, Mapping):
+        return {**chosen, ("value" if "value" in chosen else "content"): text}
+    if isinstance(chosen, (list, tuple)) and chosen:
+        return [*chosen[:-1], _like(chosen[-1], text)]
     return text

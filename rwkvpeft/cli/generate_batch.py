@@ -80,7 +80,7 @@ def generate_batch(flags: argparse.Namespace, sampling: SamplingConfig) -> int:
 
     is_csv = Path(flags.output).suffix.lower() == ".csv"
     rows = PairRows(is_csv) if flags.rejected else AnswerRows(flags.answer_key, flags.n)
-    questions = _questions(Path(flags.batch), rows)
+    questions = _questions(flags.batch, rows)
     settings = _settings(flags, sampling, questions)
     answers = AnswerFile(flags.output, settings, rows.columns)
     total = len(questions) * flags.n
@@ -152,8 +152,8 @@ class _Job:
         text = self._stops[question.layout].text(answer.tokens)
         # what separates a turn's text from its header and from the next turn is none of it
         text = text if question.layout == "text" else text.strip()
-        return rows.row(question, Said(text, self._seed + number, answer.ended, len(answer.tokens),
-                                       number % self._flags.n))
+        said = Said(text, self._seed + number, answer.ended, len(answer.tokens), number % self._flags.n)
+        return rows.row(question.record.value, said)
 
     def _question(self, number: int) -> Question:
         return self._questions[number // self._flags.n]
@@ -165,20 +165,25 @@ class _Job:
             yield Request(self._prompts[number // self._flags.n], self._seed + number)
 
     def _encode(self, question: Question) -> array[int]:
-        from rwkvpeft.data.questions import record_error
+        from rwkvpeft.data.pair_source import record_error
 
         try:
             return array("i", self._generator.encode(question.text))
         except UserError as reason:
-            raise record_error(self._flags.batch, question.line, question.record, reason.what) from reason
+            raise record_error(self._flags.batch, question.record, reason) from reason
 
 
-def _questions(path: Path, rows: AnswerRows | PairRows) -> list[Question]:
+def _questions(path: str, rows: AnswerRows | PairRows) -> list[Question]:
+    from rwkvpeft.data.layouts import RecordError
+    from rwkvpeft.data.pair_source import record_error
     from rwkvpeft.data.questions import read_questions
 
     questions = []
     for question in read_questions(path):
-        rows.check(path, question)
+        try:
+            rows.check(question.record.value)
+        except RecordError as reason:
+            raise record_error(path, question.record, reason) from reason
         questions.append(question)
     return questions
 
@@ -202,7 +207,7 @@ def _settings(
 
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
-        digest.update(json.dumps([question.text, question.record], default=str).encode())
+        digest.update(json.dumps([question.text, question.record.value], default=str).encode())
     own = {"batch": f"{Path(flags.batch).name}, {digest.hexdigest()}", "model": _file_name(flags.model),
            "adapter": _file_name(flags.adapter or flags.state)}
     names = ("tokenizer", "head_size_divisor", "max_tokens", "stop", "n", "answer_key", "rejected")

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from rwkvpeft.data.jsonl import LARGEST_LINE_BYTES, SHOWN, Record, excerpt
-from rwkvpeft.data.layouts import RecordError, as_text, read_turns
+from rwkvpeft.data.jsonl import LARGEST_LINE_BYTES, Record
+from rwkvpeft.data.layouts import RecordError
+from rwkvpeft.data.pair_source import record_error
+from rwkvpeft.data.prompt_source import read_prompt
 from rwkvpeft.data.tables import read_table
-from rwkvpeft.data.template import ASSISTANT, RESPONSE, USER, Turn, render
+from rwkvpeft.data.template import ASSISTANT, RESPONSE
 from rwkvpeft.errors import UserError
 from rwkvpeft.reading import open_file
 
 Layout = Literal["chat", "instruction", "text"]
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet")
-_TURN_LISTS = ("messages", "conversations")
-# a question, and the name its answer has in the layouts of data
-_ASKED = {"prompt": "completion", "question": "answer", "query": "response"}
-_BESIDE = ("system", "system_prompt", "tools", "functions")
-_EXPECTED = (*_ASKED, *_TURN_LISTS, "instruction", "text")
+_LAYOUTS: tuple[tuple[str, Layout], ...] = ((f"{ASSISTANT}:", "chat"), (f"{RESPONSE}:", "instruction"))
 
 
 class Question(NamedTuple):
-    """``text`` is what a model reads, up to where its answer begins; ``layout`` the turns it is written in, none for a
-    text that is gone on with as it is. ``record`` is what stands in ``line`` of the file, counted from 1."""
+    """``text`` is what a model reads, up to where its answer begins; ``layout`` the turns it ends in, "text" for one
+    that is gone on with as it is."""
 
-    line: int
-    record: dict[str, Any]
+    record: Record
     text: str
     layout: Layout
 
@@ -38,29 +34,19 @@ class Question(NamedTuple):
 def read_questions(path: Path | str) -> Iterator[Question]:
     """The questions of a file in order.
 
-    In ``.jsonl``, ``.json``, ``.csv`` and ``.parquet`` a record has one of these, the first of them is asked:
-    ``prompt``, ``question`` or ``query`` (a text, or a list of messages), ``messages`` or ``conversations`` (asked up
-    to the last user's turn), ``instruction`` with ``input``; or ``text``, which is gone on with as it is. What a system
-    says and functions stand beside them as in training data. In any other file every line that is not blank is one
-    question, and its record is ``{"prompt": line}``.
+    Records of ``.jsonl``, ``.json``, ``.csv`` and ``.parquet`` are asked as ``prompt_source.read_prompt`` reads them,
+    which training with rewards does too. In any other file every line that is not blank is one question, and its record
+    is ``{"prompt": line}``.
 
     Raises: UserError as FILE:LINE for what is no question, and if there is none.
     """
     path = Path(path)
     for record in read_table(path) if path.suffix.lower() in _TABLES else _lines(path):
         try:
-            text, layout = _read(record.value)
+            text = read_prompt(record.value).text
         except (RecordError, RecursionError) as reason:
-            raise record_error(path, record.line, record.value, str(reason)) from reason
-        yield Question(record.line, record.value, text, layout)
-
-
-def record_error(
-    path: Path | str, line: int, record: Mapping[str, Any], what: str, fix: str | None = None
-) -> UserError:
-    """The error for one record of a file, with its beginning."""
-    shown = json.dumps(record, ensure_ascii=False, default=str)[:SHOWN]
-    return UserError(f"{path}:{line}: {what}", found=excerpt(shown.encode("utf-8", errors="replace")), fix=fix)
+            raise record_error(str(path), record, reason) from reason
+        yield Question(record, text, next((layout for end, layout in _LAYOUTS if text.endswith(end)), "text"))
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -81,38 +67,3 @@ def _lines(path: Path) -> Iterator[Record]:
             raise UserError(f"{path} is not UTF-8", found=str(reason), fix="save it as UTF-8") from reason
     if not found:
         raise UserError(f"{path} holds no line", expected="a question a line")
-
-
-def _read(record: Mapping[str, Any]) -> tuple[str, Layout]:
-    asked = next((name for name in _EXPECTED if record.get(name) is not None), None)
-    if asked is None:
-        found = ", ".join(f'"{name}"' for name in record) or "no field"
-        raise RecordError(f"no question in this record; found {found}; expected one of {', '.join(_EXPECTED)}")
-    value = record[asked]
-    beside = {name: record[name] for name in _BESIDE if name in record}
-    if asked == "text":
-        return _filled(value, asked), "text"
-    if asked == "instruction":
-        parts = {name: record[name] for name in ("input", "context") if name in record}
-        turns = read_turns({"instruction": _filled(value, asked), **parts, "output": "", **beside})
-        return _begun(turns[:-1], RESPONSE), "instruction"
-    if asked in _ASKED and not isinstance(value, (list, tuple)):
-        turns = read_turns({asked: _filled(value, asked), _ASKED[asked]: "", **beside})
-        return _begun(turns[:-1], ASSISTANT), "chat"
-    turns = read_turns({asked if asked in _TURN_LISTS else "messages": value, **beside})
-    last = max((place for place, turn in enumerate(turns) if turn.header == USER), default=None)
-    if last is None:
-        raise RecordError(f'field "{asked}" has no turn of a user to answer')
-    return _begun(turns[: last + 1], ASSISTANT), "chat"
-
-
-def _filled(value: object, name: str) -> str:
-    text = as_text(value, f'field "{name}"')
-    if not text.strip():
-        raise RecordError(f'field "{name}" is empty')
-    return text
-
-
-def _begun(turns: list[Turn], header: str) -> str:
-    """Turns up to where the answer to them begins."""
-    return "".join(piece.text for piece in render([*turns, Turn(header, "")]))

@@ -18,6 +18,8 @@ from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import save_tensors
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.cli.generate import main
+from rwkvpeft.data.jsonl import read_records
+from rwkvpeft.data.pair_layouts import read_pair
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import MODELS, find
 
@@ -58,6 +60,10 @@ def run(model, tmp_path, asked, capsys):
         return code, rows_of(tmp_path / out), capsys.readouterr().err
 
     return call
+
+
+def open_pairs(path):
+    return [read_pair(record.value, unpaired=False) for record in read_records(path)]
 
 
 def rows_of(path):
@@ -192,6 +198,17 @@ def test_pairs_are_made_of_chosen_answers_and_the_models_own(run):
     assert [rows[0]["rejected"], rows[1]["rejected"][0]["content"]] == [row["answer"] for row in answers[:2]]
 
 
+def test_pairs_are_read_as_training_reads_them(run, tmp_path):
+    whole = {"chosen": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}], "prompt": "a?"}
+    records = [*RECORDS, whole, {"question": "c?", "chosen": {"role": "assistant", "content": "d"}, "rejected": "old"}]
+    path = tmp_path / "chosen.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run("--rejected", batch=path, out="pairs.jsonl")[0] == 0
+    pairs = open_pairs(tmp_path / "pairs.jsonl")
+    assert len(pairs) == 5
+    assert {pair.rejected[-1].text for pair in pairs}.isdisjoint({"old", *(pair.chosen[-1].text for pair in pairs)})
+
+
 def test_pairs_in_csv_have_the_columns_of_rwkv_lm_rlhf(run, tmp_path):
     (tmp_path / "asked.csv").write_text('prompt,chosen,reject\nWhat?,"This, ""that""",old\nWhy?,So.,\n')
     code, rows, _ = run("--rejected", batch=tmp_path / "asked.csv", out="pairs.csv")
@@ -215,12 +232,12 @@ def test_an_answer_that_is_the_chosen_one_makes_no_pair(run, tmp_path):
 @pytest.mark.parametrize(
     ("record", "words", "message"),
     [
-        ({"id": 1}, [], "no question"),
+        ({"id": 1}, [], "no prompt"),
         ({"prompt": "a", "answer": "b"}, [], "--answer_key"),
         ({"prompt": "a", "seed": 3}, [], '"seed"'),
         ({"prompt": "a\0"}, [], "NUL"),
         ({"prompt": "a"}, ["--rejected"], '"chosen"'),
-        ({"question": "a", "chosen": "b"}, ["--rejected"], '"prompt"'),
+        ({"chosen": "b"}, ["--rejected"], '"prompt"'),
         ({"prompt": "a", "chosen": " "}, ["--rejected"], '"chosen"'),
         ({"prompt": "a", "chosen": [{"role": "assistant"}]}, ["--rejected"], '"chosen"'),
     ],

@@ -38,40 +38,39 @@ def written(path, *records):
         ({"instruction": "Add", "input": "1 1", "output": "2"}, "Instruction: Add\n\nInput: 1 1\n\nResponse:",
          "instruction"),
         ({"text": "Once upon"}, "Once upon", "text"),
+        ({"text": "User: a\n\nAssistant:"}, "User: a\n\nAssistant:", "chat"),
         ({"prompt": None, "text": "Once"}, "Once", "text"),
     ],
 )
 def test_a_record_is_asked_up_to_where_its_answer_begins(tmp_path, record, text, layout):
     question = next(read_questions(written(tmp_path / "q.jsonl", record)))
-    assert (question.text, question.layout, question.record, question.line) == (text, layout, record, 1)
+    assert (question.text, question.layout, question.record) == (text, layout, (1, record))
 
 
 def test_rows_of_a_table_are_asked(tmp_path):
     (tmp_path / "q.csv").write_text('prompt,chosen\n"a, ""b""?",x\n"c\nd",y\n', encoding="utf-8-sig")
     first, second = read_questions(tmp_path / "q.csv")
-    assert (first.text, first.record["chosen"]) == ('User: a, "b"?\n\nAssistant:', "x")
-    assert (second.text, second.line) == ("User: c\nd\n\nAssistant:", 4)
+    assert (first.text, first.record.value["chosen"]) == ('User: a, "b"?\n\nAssistant:', "x")
+    assert (second.text, second.record.line) == ("User: c\nd\n\nAssistant:", 4)
 
 
 def test_lines_of_any_other_file_are_questions(tmp_path):
     (tmp_path / "q.txt").write_bytes("What?\r\n\n  Why\u2028so? \n".encode())
     questions = list(read_questions(tmp_path / "q.txt"))
-    assert [(question.line, question.record) for question in questions] == [
-        (1, {"prompt": "What?"}), (3, {"prompt": "Why\u2028so?"}),
-    ]
+    assert [question.record for question in questions] == [(1, {"prompt": "What?"}), (3, {"prompt": "Why\u2028so?"})]
 
 
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"id": 3}, "no question"),
+        ({"id": 3}, "no prompt"),
         ({"prompt": ""}, "empty"),
         ({"prompt": 3}, "must be text"),
         ({"prompt": "User: a\n\nAssistant:"}, "by itself"),
         ({"prompt": []}, "not empty"),
-        ({"messages": [{"role": "system", "content": "s"}]}, "no turn of a user"),
+        ({"messages": [{"role": "assistant", "content": "s"}]}, "assistant's"),
         ({"messages": [{"role": "king", "content": "s"}]}, "king"),
-        ({"text": " "}, "empty"),
+        ({"text": ""}, "empty"),
     ],
 )
 def test_a_record_that_is_no_question_is_named(tmp_path, record, words):
@@ -106,7 +105,7 @@ def test_any_record_is_a_question_or_refused_by_name(tmp_path_factory, value, na
     path = written(tmp_path_factory.getbasetemp() / "any.jsonl", {name: value})
     found = ""
     try:
-        assert next(read_questions(path)).text.strip()
+        assert next(read_questions(path)).text
     except UserError as error:
         found = error.what
     assert not found or found.startswith(f"{path}:1: ")
