@@ -45,8 +45,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 MODEL = ROOT / "scripts" / "data" / "base-v7-bytes.pth"
 PUBLISHED_SEED = 1
-PAIRS, HELD_OUT = 480, 240
-STEPS, EVERY, MICRO_BSZ, CTX_LEN = 160, 20, 8, 256
+PAIRS, HELD_OUT = 480, 200
+STEPS, EVERY, MICRO_BSZ, CTX_LEN = 160, 40, 8, 256
 START, END = "<!-- figures: written by scripts/preference_curves.py -->", "<!-- end of the figures -->"
 LORA = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.0}
 

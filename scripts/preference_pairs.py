@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("out/preferences"), help="folder (default out/preferences)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=480, help="training pairs, an even number (default 480)")
-    parser.add_argument("--heldout", type=int, default=240, help="held-out pairs, an even number (default 240)")
+    parser.add_argument("--heldout", type=int, default=200, help="held-out pairs, an even number (default 200)")
     flags = parser.parse_args()
     if min(flags.pairs, flags.heldout) < 2 or flags.pairs % 2 or flags.heldout % 2:
         parser.error("--pairs and --heldout must be even numbers above 0: each case is asked twice")

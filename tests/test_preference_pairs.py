@@ -32,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_are_enough_pairs_and_no_question_twice(folder: Path) -> None:
     training, held_out = (read(folder, name) for name in FILES)
-    assert (len(training), len(held_out)) == (480, 240)
-    assert len({pair["prompt"] for pair in training + held_out}) == 720
+    assert (len(training), len(held_out)) == (480, 200)
+    assert len({pair["prompt"] for pair in training + held_out}) == 680
 
 
 @pytest.mark.parametrize("name", FILES)
