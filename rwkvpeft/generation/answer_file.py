@@ -79,7 +79,7 @@ class AnswerFile:
 
     def _csv_row(self, values: Sequence[Any]) -> str:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(values)
+        csv.writer(text).writerow(values)
         return text.getvalue()
 
     def _append(self, text: str) -> None:

@@ -18,8 +18,8 @@ from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import save_tensors
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.cli.generate import main
-from rwkvpeft.data.jsonl import read_records
 from rwkvpeft.data.pair_layouts import read_pair
+from rwkvpeft.data.tables import read_table
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.registry import MODELS, find
 
@@ -63,7 +63,7 @@ def run(model, tmp_path, asked, capsys):
 
 
 def open_pairs(path):
-    return [read_pair(record.value, unpaired=False) for record in read_records(path)]
+    return [read_pair(record.value, unpaired=False) for record in read_table(path)]
 
 
 def rows_of(path):
@@ -214,6 +214,7 @@ def test_pairs_in_csv_have_the_columns_of_rwkv_lm_rlhf(run, tmp_path):
     code, rows, _ = run("--rejected", batch=tmp_path / "asked.csv", out="pairs.csv")
     assert code == 0
     assert (tmp_path / "pairs.csv").read_text().startswith("prompt,chosen,reject\n")
+    assert len(open_pairs(tmp_path / "pairs.csv")) == 2
     assert [(row["prompt"], row["chosen"]) for row in rows] == [("What?", 'This, "that"'), ("Why?", "So.")]
     assert rows[0]["reject"] not in ("old", "")
 

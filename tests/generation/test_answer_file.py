@@ -17,7 +17,7 @@ COLUMNS = ("prompt", "reject")
 ROWS = [
     {"prompt": 'a, "b"\n', "reject": "é\r\n\r\n'"},
     {"prompt": "", "reject": "{}"},
-    {"prompt": "\u2028", "reject": "c"},
+    {"prompt": "\u2028", "reject": "c\rd"},
 ]
 BROKEN = ["", "[]", "{", '{"settings": {}, "skipped": ["a"]}', '{"settings": 1, "skipped": []}']
 
