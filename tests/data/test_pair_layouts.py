@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rwkvpeft.data.layouts import RecordError
 from rwkvpeft.data.pair_layouts import read_pair
+from rwkvpeft.data.prompt_source import read_prompt
 from rwkvpeft.data.template import render
 
 USER = {"role": "user", "content": "2+2?"}
@@ -142,3 +145,43 @@ def test_single_answers_are_for_kto_alone():
 
 def test_a_label_is_true_or_false():
     assert "must be true or false; found 3" in refused({"prompt": "a", "completion": "b", "label": 3}, unpaired=True)
+
+
+fields = st.sampled_from([
+    "prompt", "question", "query", "problem", "instruction", "input", "messages", "conversations", "chosen", "rejected",
+    "reject", "label", "kto_tag", "completion", "response", "answer", "system", "tools", "text", "raw", "history",
+])
+messages = st.fixed_dictionaries({}, optional={
+    "role": st.sampled_from(["user", "assistant", "system", "tool", "nobody"]), "from": st.just("human"),
+    "content": st.text(max_size=5) | st.none(), "value": st.just("a"), "weight": st.floats() | st.booleans(),
+    "tool_calls": st.lists(st.text(max_size=3), max_size=2),
+})
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | messages
+    | st.sampled_from(["User: a\n\nAssistant: b", "\n\nHuman: a", "a"]) | st.lists(messages, max_size=3),
+    lambda inner: st.lists(inner, max_size=2), max_leaves=4,
+)
+
+
+@given(st.dictionaries(fields, values, max_size=5), st.booleans())
+def test_any_record_is_read_or_refused_in_one_line(record, unpaired):
+    refusals = []
+    for read in (lambda: read_pair(record, unpaired=unpaired), lambda: read_prompt(record)):
+        try:
+            read()
+        except RecordError as reason:
+            refusals.append(str(reason))
+    assert not any("\n" in refusal for refusal in refusals)
+
+
+@given(st.dictionaries(fields, st.sampled_from(["a", "b", [USER], [FOUR], [USER, FOUR], [USER, FIVE], True, FOUR])))
+def test_a_pair_that_is_read_can_be_written_and_has_something_to_score(record):
+    try:
+        pair = read_pair(record, unpaired=True)
+    except RecordError:
+        return
+    there = [turns for turns in pair.answers if turns is not None]
+    assert there
+    for turns in there:
+        assert any(piece.trained for piece in render([*pair.prompt, *turns]))
+    assert not any(turn.weight for turn in pair.prompt)
