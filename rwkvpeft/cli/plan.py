@@ -256,7 +256,8 @@ def _batches(shape: ModelShape, config: TrainConfig, devices: int) -> int | None
     from rwkvpeft.data.datamodule import TrainingData
 
     dataset, _ = open_training_data(config, shape.vocab_size)
-    return TrainingData(dataset, schedule=config.schedule, data=config.data, seed=0).steps_for(devices)
+    data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=0, repeats=config.rewards.policy_steps)
+    return data.steps_for(devices)
 
 
 def _gb(count: int) -> str:

@@ -86,7 +86,8 @@ def prepare(config: TrainConfig, beginning: Beginning, opened: Opened) -> Prepar
     base, adapter = beginning.base, opened.adapter
     answers = not base.shape.head_qk
     watched = watch.make_watched(config, opened.held_out, base.shape.vocab_size, adapter, answers=answers)
-    data = TrainingData(opened.rows, schedule=config.schedule, data=config.data, seed=config.runtime.random_seed)
+    data = TrainingData(opened.rows, schedule=config.schedule, data=config.data, seed=config.runtime.random_seed,
+                        repeats=config.rewards.policy_steps)
     recipe = assemble.make_recipe(base, config, adapter)
     plan = run_plan(config, data.steps_for(config.runtime.devices * config.runtime.num_nodes), beginning.begun)
     # broken points are told where the run goes on
