@@ -256,7 +256,8 @@ def _batches(shape: ModelShape, config: TrainConfig, devices: int) -> int | None
     from rwkvpeft.data.datamodule import TrainingData
 
     dataset, _ = open_training_data(config, shape.vocab_size)
-    data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=0, repeats=config.rewards.policy_steps)
+    repeats = config.rewards.policy_steps
+    data = TrainingData(dataset, schedule=config.schedule, data=config.data, seed=0, repeats=repeats)
     return data.steps_for(devices)
 
 
