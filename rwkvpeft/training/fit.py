@@ -20,6 +20,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.objectives.base import Provided
 from rwkvpeft.training.callbacks.data_files import DataFiles
+from rwkvpeft.training.callbacks.kept_rollouts import KeptRolloutFiles
 from rwkvpeft.training.callbacks.metrics import Metrics
 from rwkvpeft.training.callbacks.part_statistics import PartStatistics
 from rwkvpeft.training.callbacks.progress import Progress
@@ -117,6 +118,8 @@ def fit(
     callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving, DataFiles(data.dataset, say)]
     if config.objective.objective == "grpo":
         callbacks.append(rollouts)
+        if provided.folder is not None and (steps := config.rewards.policy_steps) > 1:
+            callbacks.append(KeptRolloutFiles(provided.folder, resume_folder(config.output), steps))
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
         callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send, say))
