@@ -14,7 +14,6 @@ from rwkvpeft.data.check import DataCheck, check_data, count_thoughts
 from rwkvpeft.data.jsonl import BadLine, Record, blocks, excerpt, parse_line, read_block
 from rwkvpeft.data.openings import answers_of
 from rwkvpeft.data.pair_batches import WITH_MISMATCHED
-from rwkvpeft.data.pair_files import scoring_of
 from rwkvpeft.data.pair_source import PairSource, records_of
 from rwkvpeft.data.pairs import PairRows
 from rwkvpeft.data.progress import Progress
@@ -59,7 +58,7 @@ def check_pairs(config: DataConfig, answers: int) -> DataCheck:
         tokens = [source.read(record) for record in range(len(source))]
         if tokens:
             count_thoughts(tokens, 0, source.label, tokenizer, found)
-        rows = PairRows(source, config.ctx_len, seed=0, shuffle=False, answers=answers, scoring=scoring_of(config))
+        rows = PairRows(source, config.ctx_len, seed=0, shuffle=False, answers=answers, mask_think=config.mask_think)
         found.trained += rows.report().trained_tokens
         for record in sorted(set(range(len(source))) - set(rows.records.tolist())):
             found.count("untrained", source.label(record))

@@ -15,7 +15,7 @@ from rwkvpeft.data.mixing import MixedDocuments
 from rwkvpeft.data.pair_batches import WITH_MISMATCHED
 from rwkvpeft.data.pair_report import PairReport
 from rwkvpeft.data.pair_source import open_pair_source
-from rwkvpeft.data.pairs import PairRows, Scoring
+from rwkvpeft.data.pairs import PairRows
 from rwkvpeft.errors import UserError
 
 
@@ -58,11 +58,10 @@ Pairs = PairRows | MixedPairs
 
 
 def open_pairs(config: DataConfig, *, ctx_len: int, vocab_size: int, seed: int, answers: int) -> Pairs:
-    """Open the preference data of a run. Of the settings, those that say which tokens are trained ask for less than
-    the answers, or nothing.
+    """Open the preference data of a run.
 
     Args:
-        config: files, formats, tokenizer, loss_mask, mask_think and data_shuffle are read.
+        config: files, formats, tokenizer, mask_think and data_shuffle are read.
         ctx_len: tokens that a prompt and an answer may have together.
         vocab_size: token ids of the model.
         seed: of the order of rows.
@@ -84,7 +83,6 @@ def open_pairs_split(
 
 
 def _open_parts(config: DataConfig, vocab_size: int, answers: int) -> list[Part]:
-    scoring_of(config)
     unpaired = answers == WITH_MISMATCHED
     parts = [
         Part(*part, open_pair_source(config, part.path, unpaired=unpaired)) for part in data_files(config.data_file)
@@ -94,20 +92,10 @@ def _open_parts(config: DataConfig, vocab_size: int, answers: int) -> list[Part]
     return parts
 
 
-def scoring_of(config: DataConfig) -> Scoring:
-    """Which tokens of answers are scored. Raises: UserError for ``--loss_mask se``."""
-    if config.loss_mask == "se":
-        raise UserError(
-            "--loss_mask se goes by marker texts, and preferences go by answers",
-            fix="leave --loss_mask out, or --loss_mask last for the last turn of each answer",
-        )
-    return Scoring(last_only=config.loss_mask == "last", mask_think=config.mask_think)
-
-
 def _rows(config: DataConfig, parts: list[Part], ctx_len: int, seed: int, answers: int) -> Pairs:
     each = [
         PairRows(part.source, ctx_len, seed=seed_of(seed, number), shuffle=bool(config.data_shuffle), answers=answers,
-                 scoring=scoring_of(config))
+                 mask_think=config.mask_think)
         for number, part in enumerate(parts)
     ]
     for part, rows in zip(parts, each, strict=True):

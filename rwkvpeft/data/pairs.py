@@ -7,7 +7,6 @@ Letters: A answers to a prompt, T tokens.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,14 +26,6 @@ _PARTNER_KEY = mix(0x4B544F)
 _TRIES = 16
 # tokens that the operators in PyTorch work on at once
 _CHUNK = 32
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Which tokens of an answer count: of its last turn only, and not those that are thoughts."""
-
-    last_only: bool = False
-    mask_think: bool = False
 
 
 class _Counts(NamedTuple):
@@ -69,9 +60,9 @@ class PairRows(DocumentDataset):
         seed: int,
         shuffle: bool,
         answers: int,
-        scoring: Scoring | None = None,
+        mask_think: bool = False,
     ) -> None:
-        """Args: ``source``: a ``PairSource``, or some documents of one."""
+        """Args: ``source``: a ``PairSource``, or some documents of one; ``mask_think``: do not score thoughts."""
         super().__init__(ctx_len)
         self.source = source
         self.seed, self.shuffle = seed, shuffle
@@ -79,7 +70,7 @@ class PairRows(DocumentDataset):
         self.collator = PairCollator(answers)
         self.reference: NDArray[np.float32] | None = None
         self._pairs, numbers = _whole(source)
-        self._is_scored = _scored_voices(self._pairs, scoring or Scoring())
+        self._is_scored = _scored_voices(self._pairs, mask_think)
         counts = self._count(numbers)
         kept = self._usable(numbers, counts)
         self.records = numbers[kept]
@@ -256,11 +247,6 @@ def _whole(source: TokenSource) -> tuple[PairSource, NDArray[np.int64]]:
     return pairs, numbers
 
 
-def _scored_voices(source: PairSource, scoring: Scoring) -> NDArray[np.bool_]:
+def _scored_voices(source: PairSource, mask_think: bool) -> NDArray[np.bool_]:
     """For each voice whether its tokens are scored."""
-    return np.array([
-        voice.weight > 0
-        and (voice.is_last or not scoring.last_only)
-        and not (voice.is_think and scoring.mask_think)
-        for voice in source.voices
-    ])
+    return np.array([voice.weight > 0 and not (voice.is_think and mask_think) for voice in source.voices])

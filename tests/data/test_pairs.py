@@ -16,7 +16,7 @@ from rwkvpeft.data.jsonl import Record
 from rwkvpeft.data.loader import BatchPlan, TrainLoader, evaluation_batches
 from rwkvpeft.data.pair_files import open_pairs, open_pairs_split
 from rwkvpeft.data.pair_source import PairSource
-from rwkvpeft.data.pairs import PairRows, Scoring
+from rwkvpeft.data.pairs import PairRows
 from rwkvpeft.data.preview import preview
 from rwkvpeft.data.prompts import held_out_prompts
 from rwkvpeft.data.row import apart
@@ -27,10 +27,10 @@ from rwkvpeft.errors import UserError
 TOKENIZERS = ("bytes", "world")
 
 
-def rows_of(*records, tokenizer="bytes", ctx_len=10_000, answers=2, scoring=None):
+def rows_of(*records, tokenizer="bytes", ctx_len=10_000, answers=2, mask_think=False):
     made = [Record(line, record) for line, record in enumerate(records, start=1)]
     source = PairSource("in.jsonl", made, load_tokenizer(tokenizer), unpaired=answers == 3)
-    rows = PairRows(source, ctx_len, seed=1, shuffle=False, answers=answers, scoring=scoring)
+    rows = PairRows(source, ctx_len, seed=1, shuffle=False, answers=answers, mask_think=mask_think)
     rows.tokenizer = tokenizer
     return rows
 
@@ -128,15 +128,8 @@ def test_lengths_are_the_tokens_of_each_row():
 
 def test_thoughts_are_not_scored_where_that_is_asked():
     record = pair("a", "<think>b</think>c", "d")
-    (tokens, is_scored), _ = documents(rows_of(record, scoring=Scoring(mask_think=True)).row(0))
+    (tokens, is_scored), _ = documents(rows_of(record, mask_think=True).row(0))
     assert bytes(token for token, scored in zip(tokens, is_scored, strict=True) if scored) == b" <think></think>c\0"
-
-
-def test_only_the_last_turn_is_scored_where_that_is_asked():
-    turn = {"role": "assistant", "content": "x"}
-    record = pair("a", [turn, {"role": "tool", "content": "b"}, {**turn, "content": "z"}], "y")
-    (tokens, is_scored), _ = documents(rows_of(record, scoring=Scoring(last_only=True)).row(0))
-    assert bytes(token for token, scored in zip(tokens, is_scored, strict=True) if scored) == b" z\0"
 
 
 def test_identical_answers_are_left_out_with_a_note():
@@ -339,11 +332,6 @@ def test_files_are_mixed_by_their_shares(file, tmp_path):
 def test_data_of_tokens_are_refused(tmp_path):
     with pytest.raises(UserError, match="reads records"):
         opened(tmp_path / "tokens", data_type="binidx")
-
-
-def test_marker_masks_are_refused(file):
-    with pytest.raises(UserError, match="--loss_mask se goes by marker texts"):
-        opened(file, loss_mask="se")
 
 
 def test_data_that_are_all_too_long_are_refused(file):
