@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rwkvpeft.config.data_files import data_files, format_of
 from rwkvpeft.config.findings import Findings
-from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.groups import DataConfig, TrainConfig
 from rwkvpeft.config.objective import (
     PREFERENCES,
     WITH_REFERENCE,
@@ -14,6 +15,7 @@ from rwkvpeft.config.objective import (
     ObjectiveConfig,
     RewardConfig,
 )
+from rwkvpeft.errors import UserError
 
 _SPLITS_WEIGHTS = ("fsdp", "deepspeed_stage_3", "deepspeed_stage_3_offload")
 
@@ -97,7 +99,7 @@ def _check_rows(config: TrainConfig, findings: Findings) -> None:
         fix="--data_file FILE.jsonl",
     )
     findings.check(
-        data.data_type != "binidx" or not data.data_file,
+        "binidx" not in _kinds(data),
         f"--objective {name} reads records, and binidx holds tokens alone",
         found=data.data_file,
         fix="--data_file FILE.jsonl",
@@ -113,6 +115,15 @@ def _check_rows(config: TrainConfig, findings: Findings) -> None:
                    found=config.method.neftune_alpha, fix="leave it out")
     findings.check(config.schedule.train_stage == 0, f"--train_stage is pre-training, and --objective {name} is not",
                    found=config.schedule.train_stage, fix="leave --train_stage out")
+
+
+def _kinds(data: DataConfig) -> list[str]:
+    """The formats of the parts of the data; none where they are not named as they should be, which is told elsewhere.
+    """
+    try:
+        return [format_of(part.path, data.data_type) for part in data_files(data.data_file)] if data.data_file else []
+    except UserError:
+        return []
 
 
 def _check_preferences(config: TrainConfig, findings: Findings) -> None:
