@@ -99,3 +99,13 @@ def test_state_tuning_keeps_its_own_rates():
                                              ("distill", "tokens"), ("language_modelling", "tokens")])
 def test_an_objective_tells_what_it_reads(name, reads):
     assert ObjectiveConfig(objective=name).reads == reads
+
+
+@pytest.mark.parametrize("files", ["d.csv", "d.jsonl:3,e.parquet:1", "d.json"])
+def test_preferences_are_read_from_any_file_of_records(files):
+    assert settings(f"--objective dpo --data_file {files}").objective.reads == "pairs"
+
+
+@pytest.mark.parametrize("files", ["d", "d.jsonl:3,e:1"])
+def test_tokens_alone_are_no_preferences(files):
+    assert "binidx holds tokens alone" in refusal(f"--objective dpo --data_file {files}")
