@@ -34,7 +34,7 @@ class Distillation:
     and teacher agree. Logged: the two means, the divergence without T^2.
 
     Args:
-        chunk_rows: rows of logits that exist at once; None is 256 on a GPU, 128 on a CPU.
+        chunk_rows: rows of logits that exist at once, each of them several times over in fp32.
         compact: leave out rows without weight, for which the processor waits for the device.
         tells_lengths: tell the model how long each row's document is, which NEFTune's noise depends on.
     """
@@ -42,7 +42,7 @@ class Distillation:
     metric_names: ClassVar[tuple[str, ...]] = ("divergence", "cross_entropy")
 
     mix: Mix
-    chunk_rows: int | None = None
+    chunk_rows: int = 256
     compact: bool = True
     tells_lengths: bool = False
 
@@ -59,7 +59,7 @@ class Distillation:
                 config.method.label_smoothing,
                 config.optimizer.logit_penalty,
             ),
-            provided.chunk_rows and max(1, provided.chunk_rows // 2),
+            provided.chunk_rows or cls.chunk_rows,
             compact=provided.compact,
             tells_lengths=config.method.neftune_alpha > 0,
         )
@@ -69,13 +69,9 @@ class Distillation:
         chunk = config.long_context.chunk_ctx if config.long_context.infctx else None
         teacher = Teacher(
             provided.teacher, distillation.distill_top_k, distillation.distill_temperature, chunk,
-            part.rows_at_once(next(provided.teacher.parameters())),
+            part.chunk_rows,
         )
         return Taught(inner, teacher)
-
-    def rows_at_once(self, where: Tensor) -> int:
-        """Rows of logits that exist at once on the tensor's device."""
-        return self.chunk_rows or (128 if where.device.type == "cpu" else 256)
 
     def __call__(self, model: Any, batch: DistillationBatch, normaliser: Tensor | None = None) -> Loss:
         """Compare what the model says of ``batch.input_ids`` with the teacher and with ``batch.labels``."""
@@ -100,7 +96,7 @@ class Distillation:
             # the pull is a mean over all positions, of which there are fewer here
             "mix": _pulling_less(self.mix, share),
             "normaliser": normaliser,
-            "chunk_rows": self.rows_at_once(hidden),
+            "chunk_rows": self.chunk_rows,
             "compact": self.compact,
         }
         head, copies = model.head, None

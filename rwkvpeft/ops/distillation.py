@@ -211,7 +211,11 @@ def _run(
         if slope is not None and grad_hidden is not None:
             grad_hidden[place] = (slope @ head).mul_(weights)
         if slope is not None and grad_head is not None:
-            grad_head += (slope.T @ (part * weights)).to(grad_head.dtype)
+            scaled = part * weights
+            if grad_head.dtype == slope.dtype:
+                grad_head.addmm_(slope.T, scaled)
+            else:
+                grad_head += slope.T @ scaled
         if rows.wrap is not None and wants:
             _add_pull(part, head, place, logits, rows.wrap, grad_hidden, grad_head)
     return sums

@@ -112,8 +112,8 @@ def compare(logits: Tensor, labels: Tensor, told: Told, mix: Mix, *, gradient: b
     """
     z = logits.to(_accurate(logits))
     told = Told(told.ids.long(), told.logprobs.to(z.dtype), told.tail.to(z.dtype))
-    warm = z if mix.temperature == 1 else z / mix.temperature
-    divergence, slope = _divergence(warm, told, mix.kind, gradient)
+    # handed over without a name of its own: it is as large as the logits, and not needed afterwards
+    divergence, slope = _divergence(z if mix.temperature == 1 else z / mix.temperature, told, mix.kind, gradient)
     cross_entropy, plain_slope = _cross_entropy(z, labels, mix.smoothing, gradient and mix.alpha < 1)
     if slope is not None:
         slope.mul_(mix.alpha * mix.temperature)
