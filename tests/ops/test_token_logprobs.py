@@ -179,3 +179,19 @@ def test_a_module_with_an_adapter_of_its_own_is_called():
     wanted = list(head.parameters())
     ours = torch.autograd.grad(found.sum(), wanted)
     torch.testing.assert_close(ours, torch.autograd.grad(expected.sum(), wanted))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kind", ["trained", "frozen"])
+def test_rows_in_triton_are_those_in_pytorch(kind, dtype, limit):
+    pytest.importorskip("triton")
+    found = []
+    for rows in ("torch", "triton"):
+        hidden, weight, labels, weights = inputs(700, dtype)
+        logprobs = token_logprobs(
+            hidden, head_of(kind, weight), labels, weights=weights, chunk_rows=4, rows=rows
+        ).logprobs
+        logprobs.sum().backward()
+        found.append([logprobs, hidden.grad, *([weight.grad] if kind == "trained" else [])])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.double() - theirs.double()).norm() <= limit * theirs.double().norm()
