@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pytorch_lightning import Callback
+
+from rwkvpeft.cli.prepare import Opened
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.reference import compares_with_start
+from rwkvpeft.data.pair_files import Pairs
 from rwkvpeft.data.prompt_rows import MixedPrompts, PromptRows, record_of
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
@@ -19,9 +25,16 @@ from rwkvpeft.objectives.base import Drawn, Provided, Wanted
 from rwkvpeft.ops.cross_entropy import RowChoice
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
 from rwkvpeft.training.devices import local_device
+from rwkvpeft.training.reference import KeepReference
 from rwkvpeft.training.resting import at_rest
+from rwkvpeft.training.resume import as_written
 from rwkvpeft.training.teacher import load_teacher
 
+_REFERENCE_DEPENDS_ON = (
+    "base model", "head_size_divisor", "adapter", "peft", "peft_config", "quant", "quant_double", "quant_head",
+    "precision", "data", "val_data_file", "val_split", "data_type", "sft_field", "sft_split", "text_key", "tokenizer",
+    "ctx_len", "loss_mask", "mask_think",
+)
 # answers side by side: a state and a row of logits for each
 _MOST_AT_ONCE = 256
 
@@ -37,6 +50,25 @@ def provide(
     if config.objective.objective == "grpo":
         return _for_rewards(config, [rows] if held_out is None else [rows, held_out], program)
     return Provided(rows=program, teacher=load_teacher(config, local_device(config.runtime)))
+
+
+def keeps_reference(
+    config: TrainConfig, opened: Opened, essentials: Mapping[str, Any], report: Callable[[str], None]
+) -> list[Callback]:
+    """What works out, before the first step, what the run's answers are compared with, if that is not found in each.
+
+    Args:
+        essentials: of the run, as ``essential_settings``.
+    """
+    if not compares_with_start(config):
+        return []
+    held_out = {} if opened.held_out is None else {"held_out": opened.held_out}
+    rows = {name: found for name, found in {"": opened.rows, **held_out}.items() if isinstance(found, Pairs)}
+    stamp = as_written({name: essentials[name] for name in _REFERENCE_DEPENDS_ON})
+    folders = [Path(config.output.proj_dir)]
+    if config.output.resume not in ("auto", "none"):
+        folders += [Path(config.output.resume).parent, Path(config.output.resume).parent.parent]
+    return [KeepReference(rows, folders, stamp, micro_bsz=config.schedule.micro_bsz, report=report)]
 
 
 def _for_rewards(config: TrainConfig, data: Sequence[RowDataset], program: RowChoice | RowProgram) -> Provided:

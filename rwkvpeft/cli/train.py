@@ -119,7 +119,7 @@ def _fit(
 ) -> None:
     """Build the model, train it, and report. ``asked`` is written down: what it comes to, the next run finds again."""
     from rwkvpeft.cli import assemble, report
-    from rwkvpeft.cli.objective import provide
+    from rwkvpeft.cli.objective import keeps_reference, provide
     from rwkvpeft.cli.run_report import report_line
     from rwkvpeft.data.text import keep_vocabulary
     from rwkvpeft.memory import with_level
@@ -149,8 +149,9 @@ def _fit(
         assemble.write_constants(config, adapter, model)
         write_settings(Path(config.output.proj_dir) / "config.yaml", asked)
     provided = provide(config, opened.rows, opened.held_out, chosen.rows.program)
+    also = [*peers.callbacks(), *keeps_reference(config, opened, identity, _say)]
     result = fit(model=model, adapter=adapter, data=data, config=config, recipe=recipe, report=_say,
-                 provided=provided, watched=watched, begun=begun, also=peers.callbacks())
+                 provided=provided, watched=watched, begun=begun, also=also)
     ending = report.end_lines(config, base, result)
     if config.evaluation.report and _is_first_process():
         ending.append(report_line(config, result, beginning=lines, ending=ending))

@@ -15,9 +15,8 @@ from rwkvpeft.config.objective import (
     ObjectiveConfig,
     RewardConfig,
 )
+from rwkvpeft.config.reference import SPLITS_WEIGHTS
 from rwkvpeft.errors import UserError
-
-_SPLITS_WEIGHTS = ("fsdp", "deepspeed_stage_3", "deepspeed_stage_3_offload")
 
 # which objectives read which settings; the others' must be left alone
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -149,6 +148,12 @@ def _check_preferences(config: TrainConfig, findings: Findings) -> None:
         found="--peft none",
         fix="--reference start, or --peft lora",
     )
+    findings.check(
+        objective.reference != "base" or config.runtime.strategy not in SPLITS_WEIGHTS,
+        "--reference base switches the adapter off in each step, which split weights do not allow",
+        found=f"--strategy {config.runtime.strategy}",
+        fix="--reference start, which is the same for a new adapter",
+    )
 
 
 def _check_distillation(config: TrainConfig, findings: Findings) -> None:
@@ -187,7 +192,7 @@ def _check_rewards(config: TrainConfig, findings: Findings) -> None:
         fix="--kl_beta 0, or --peft lora",
     )
     findings.check(
-        config.runtime.strategy not in _SPLITS_WEIGHTS,
+        config.runtime.strategy not in SPLITS_WEIGHTS,
         "--objective grpo draws answers token by token, for which every device needs all weights",
         found=f"--strategy {config.runtime.strategy}",
         fix="--strategy ddp, deepspeed_stage_1 or deepspeed_stage_2",
