@@ -6,6 +6,7 @@ import pytest
 
 from rwkvpeft.config.objective import PREFERENCES, ObjectiveConfig
 from rwkvpeft.config.parse import parse_train
+from rwkvpeft.config.reference import compares_with_start
 from rwkvpeft.config.resolve import Machine, resolve
 from rwkvpeft.errors import UserError
 from rwkvpeft.registry import OBJECTIVES
@@ -109,3 +110,23 @@ def test_preferences_are_read_from_any_file_of_records(files):
 @pytest.mark.parametrize("files", ["d", "d.jsonl:3,e:1"])
 def test_tokens_alone_are_no_preferences(files):
     assert "binidx holds tokens alone" in refusal(f"--objective dpo --data_file {files}")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--objective dpo --peft lora", False),
+        ("--objective dpo", True),
+        ("--objective kto --peft lora --adapter a.pth", True),
+        ("--objective dpo --peft lora --adapter a.pth --reference base", False),
+        ("--objective ipo --peft lora --reference start", True),
+        ("--objective wpo --peft lora --strategy fsdp", True),
+        ("--objective simpo", False),
+    ],
+)
+def test_the_start_is_compared_with_where_it_is_not_the_base_or_nothing_can_be_switched_off(words, expected):
+    assert compares_with_start(settings(words)) is expected
+
+
+def test_an_adapter_cannot_be_switched_off_in_split_weights():
+    assert "split weights" in refusal("--objective dpo --peft lora --reference base --strategy fsdp")
