@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkvpeft.checkpoints.load import build_model, fill_model, operator_of
+from rwkvpeft.checkpoints.quantised import Quantiser
 from rwkvpeft.config.groups import (
     DataConfig,
     LongContextConfig,
@@ -23,6 +24,7 @@ from rwkvpeft.config.groups import (
 from rwkvpeft.config.objective import DistillationConfig, ObjectiveConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.errors import UserError
+from rwkvpeft.models.layers import Linear
 from rwkvpeft.models.shape import new_shape
 from rwkvpeft.objectives.base import Provided
 from rwkvpeft.objectives.build import build_objective
@@ -36,14 +38,14 @@ VOCABULARY = 19
 VERSIONS = ["x052", "x060", "x070"]
 
 
-def new_model(version, seed=1, layers=2, width=16, dtype=torch.float32):
+def new_model(version, seed=1, layers=2, width=16, dtype=torch.float32, quantiser=None, **sizes):
     """Random weights, none of them zero."""
     torch.manual_seed(seed)
-    shape = new_shape(version, n_layer=layers, n_embd=width, vocab_size=VOCABULARY, head_size=8)
+    shape = new_shape(version, n_layer=layers, n_embd=width, vocab_size=VOCABULARY, head_size=8, **sizes)
     weights = find(MODELS, version, flag="").initial_weights(shape)
     weights = {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in weights.items()}
     model = build_model(shape, find(BACKENDS[operator_of(shape)], "torch", flag="").run)
-    fill_model(model, weights, device="cpu", dtype=dtype, source="")
+    fill_model(model, weights, device="cpu", dtype=dtype, source="", quantiser=quantiser)
     return model
 
 
@@ -194,6 +196,28 @@ def test_a_head_with_an_adapter_learns_as_the_plain_one():
     plain = results(objective_of(config_of(), teacher), student, batch)
     student.head = Adapted(student.head)
     torch.testing.assert_close(results(objective_of(config_of(), teacher), student, batch), plain)
+
+
+def test_a_quantised_head_learns_as_its_values_do():
+    student = new_model("x070", quantiser=Quantiser("int8", head=True)).train()
+    student.emb.weight.requires_grad_(True)
+    teacher, batch = teacher_of(dtype=torch.float32), batch_of()
+    quantised = results(objective_of(config_of(), teacher), student, batch)
+    plain = Linear(16, VOCABULARY)
+    plain.weight = torch.nn.Parameter(student.head.dequantized(torch.float32), requires_grad=False)
+    student.head = plain
+    torch.testing.assert_close(results(objective_of(config_of(), teacher), student, batch), quantised)
+
+
+@pytest.mark.parametrize("version", ["x052", "x060"])
+def test_models_that_copy_earlier_tokens_teach_and_learn(version):
+    student = new_model(version, dtype=torch.float64, head_qk=8).requires_grad_(True).train()
+    teacher = new_model(version, seed=7, dtype=torch.float64, head_qk=8).requires_grad_(False).eval()
+    batch = batch_of()
+    loss = objective_of(config_of(distill_top_k=0, distill_alpha=1.0, distill_temperature=1.0), teacher)(student, batch)
+    p, q = (model(batch.input_ids)[0].log_softmax(-1) for model in (teacher, student))
+    each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(loss.total, (each * batch.weights).sum() / batch.weights.sum())
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():
