@@ -58,7 +58,7 @@ def test_held_out_prompts_may_be_a_share(file):
     assert (len(rows), len(held_out)) == (4, 2)
 
 
-def test_language_modelling_reads_documents(file, tmp_path):
+def test_language_modelling_reads_documents(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a"}\n')
     assert isinstance(opened(path, "language_modelling")[0], DocumentRows)

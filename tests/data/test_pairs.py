@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -161,12 +162,13 @@ def test_a_single_answer_has_an_empty_one_beside_it():
     assert [[length > 0 for length in row] for row in lengths] == [[True, True, False, True], [True, False, True, True]]
 
 
-def test_the_mismatched_answer_is_that_of_another_prompt_behind_this_one():
-    dataset = rows_of(labelled("a", "good", True), labelled("b", "bad", False), answers=3)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_mismatched_answer_is_that_of_another_prompt_behind_this_one(tokenizer):
+    dataset = rows_of(labelled("a", "good", True), labelled("b", "bad", False), answers=3, tokenizer=tokenizer)
     mismatched = [documents(dataset.row(index))[-1] for index in range(2)]
     asked = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad"}],
              [{"role": "user", "content": "b"}, {"role": "assistant", "content": "good"}]]
-    assert mismatched == [instruction_tuned(messages, "bytes") for messages in asked]
+    assert mismatched == [instruction_tuned(messages, tokenizer) for messages in asked]
 
 
 def test_an_answer_to_the_same_prompt_is_not_mismatched():
@@ -265,6 +267,12 @@ def test_workers_give_the_same_batches(file):
     dataset = opened(file, 3)
     dataset.reference = np.zeros((11, 3), dtype=np.float32)
     assert all(map(same, batches(dataset), batches(dataset, num_workers=2)))
+
+
+def test_a_process_that_is_started_anew_gets_the_same_rows(file):
+    dataset = opened(file, 3)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(map(same, evaluation_batches(dataset, 4), evaluation_batches(copy, 4)))
 
 
 def test_a_run_goes_on_from_any_batch(file):
