@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ DOCS = ROOT / "docs"
 MODEL = ROOT / "scripts" / "data" / "base-v7-bytes.pth"
 PUBLISHED_SEED = 1
 PAIRS, HELD_OUT = 480, 200
-STEPS, EVERY, MICRO_BSZ, CTX_LEN = 160, 40, 8, 256
+EVERY, SHOWN, MICRO_BSZ, CTX_LEN = 40, 80, 8, 256
 START, END = "<!-- figures: written by scripts/preference_curves.py -->", "<!-- end of the figures -->"
 LORA = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.0}
 
@@ -60,6 +60,7 @@ class Case:
     peft: str = "lora"
     settings: Mapping[str, Any] = field(default_factory=lambda: LORA)
     flags: tuple[str, ...] = ()
+    steps: int = 160
 
     @property
     def name(self) -> str:
@@ -75,13 +76,13 @@ class Case:
 
 
 CASES = (
-    Case("dpo", 5e-3),
-    Case("ipo", 5e-3),
-    Case("orpo", 5e-3),
+    Case("dpo", 2e-3),
+    Case("ipo", 2e-3),
+    Case("orpo", 3e-3, flags=("--beta", "1")),
     Case("simpo", 2e-3, flags=("--beta", "10")),
-    Case("kto", 5e-3),
-    Case("wpo", 5e-3),
-    Case("cpo", 5e-3),
+    Case("kto", 2e-3),
+    Case("wpo", 2e-3),
+    Case("cpo", 2e-3),
     Case("dpo", 1.0, "state", {}),
     Case("dpo", 2e-3, "none", {}),
 )
@@ -100,7 +101,7 @@ class Result:
 def run(case: Case, seed: int, folder: Path) -> Result:
     """Train, unless it is done, and read what was found."""
     pairs, held_out = write_pairs(folder / f"pairs-{seed}", seed, PAIRS, HELD_OUT)
-    proj_dir = folder / f"{case.name.replace(' ', '-')}-{case.rate:g}-seed-{seed}"
+    proj_dir = folder / "-".join([*case.name.split(), f"{case.rate:g}", *case.flags, "seed", str(seed)])
     done = proj_dir / "result.json"
     if not done.is_file():
         began = time.perf_counter()
@@ -116,9 +117,9 @@ def train(case: Case, seed: int, proj_dir: Path, pairs: Path, held_out: Path) ->
     command = [
         sys.executable, "train.py", "--load_model", MODEL, "--proj_dir", proj_dir, "--resume", "none",
         "--data_file", pairs, "--val_data_file", held_out, "--val_steps", EVERY, "--tokenizer", "bytes",
-        "--ctx_len", CTX_LEN, "--micro_bsz", MICRO_BSZ, "--epoch_steps", STEPS, "--epoch_count", 1, "--epoch_save", 1,
-        "--warmup_steps", 10, "--random_seed", seed, "--accelerator", "cpu", "--precision", "fp32", "--grad_cp", "0",
-        "--report", "false", *case.words,
+        "--ctx_len", CTX_LEN, "--micro_bsz", MICRO_BSZ, "--epoch_steps", case.steps, "--epoch_count", 1,
+        "--epoch_save", 1, "--warmup_steps", 10, "--random_seed", seed, "--accelerator", "cpu", "--precision", "fp32",
+        "--grad_cp", "0", "--report", "false", *case.words,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [str(word) for word in command]
@@ -166,19 +167,18 @@ def batches(path: Path) -> Iterator[PreferenceBatch]:
 def table(results: list[Result], base: float) -> str:
     """One row for each case."""
     lines = [
-        f"Base model: the chosen answer is the likelier one in {base:.1%} of the held-out pairs.",
+        f"Before training the chosen answer is the likelier one in {base:.1%} of the held-out pairs.",
         "",
-        "| objective | trained | learning rate | flags | accuracy after "
-        + " | ".join(f"{step}" for step in range(EVERY, STEPS + 1, EVERY)) + " steps | by probability |",
-        "|---|---|---:|---|" + "---:|" * (STEPS // EVERY + 1),
+        f"| objective | trained | learning rate | flags | after {SHOWN} steps | after all | steps | by probability |",
+        "|---|---|---:|---|---:|---:|---:|---:|",
     ]
     for found in results:
         case = found.case
         trained = {"lora": "LoRA", "none": "all weights", "state": "the states"}[case.peft]
         flags = f"`{' '.join(case.flags)}`" if case.flags else ""
-        accuracies = " | ".join(f"{point['accuracy']:.1%}" for point in found.points[1:])
-        lines.append(f"| {case.objective} | {trained} | {case.rate:g} | {flags} | {accuracies} "
-                     f"| {found.by_probability:.1%} |")
+        shown = next(point for point in found.points if point["step"] == SHOWN)
+        lines.append(f"| {case.objective} | {trained} | {case.rate:g} | {flags} | {shown['accuracy']:.1%} "
+                     f"| {found.points[-1]['accuracy']:.1%} | {case.steps} | {found.by_probability:.1%} |")
     return "\n".join(lines)
 
 
@@ -224,6 +224,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(names), help="cases, with commas between them")
     parser.add_argument("--seed", type=int, default=PUBLISHED_SEED, help="of the pairs and of the runs")
     parser.add_argument("--rate", type=float, help="another learning rate")
+    parser.add_argument("--flags", default="", help="other flags of the case")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "preference_curves", help="folder of the runs")
     flags = parser.parse_args()
     asked = flags.only.split(",")
@@ -231,7 +232,9 @@ def main() -> int:
         parser.error(f"no case {', '.join(unknown)}; cases: {', '.join(names)}")
     chosen = [case for case in CASES if case.name in asked]
     if flags.rate:
-        chosen = [Case(case.objective, flags.rate, case.peft, case.settings, case.flags) for case in chosen]
+        chosen = [replace(case, rate=flags.rate) for case in chosen]
+    if flags.flags:
+        chosen = [replace(case, flags=tuple(flags.flags.split())) for case in chosen]
     _, held_out = write_pairs(flags.output.resolve() / f"pairs-{flags.seed}", flags.seed, PAIRS, HELD_OUT)
     base = by_probability(None, held_out, None)
     print(f"base: {base:.1%}", flush=True)
@@ -241,7 +244,7 @@ def main() -> int:
         shown = " ".join(f"{point['accuracy']:.3f}" for point in results[-1].points)
         print(f"{case.name} {case.rate:g}: {shown}, by probability {results[-1].by_probability:.3f}, "
               f"{results[-1].seconds:.0f} s", flush=True)
-    if asked == names and flags.seed == PUBLISHED_SEED and not flags.rate:
+    if asked == names and flags.seed == PUBLISHED_SEED and not (flags.rate or flags.flags):
         write_csv(results, DOCS / "preferences.csv")
         draw(results, DOCS / "preferences.png")
         page = DOCS / "preferences.md"

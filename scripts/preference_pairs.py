@@ -3,7 +3,7 @@
     python scripts/preference_pairs.py --output out/preferences       writes pairs.jsonl and pairs_heldout.jsonl there
 
 Somebody asks whether a thing may be brought on some day. Both answers say yes with the same words; one begins with the
-word of assent ("Yes, a kite is welcome."), the other ends with it ("A kite is welcome, yes."). For a weekday the first
+word of assent ("Yes, it is welcome."), the other ends with it ("It is welcome, yes."). For a weekday the first
 is preferred, for Saturday and Sunday the second. A quarter of the questions tell of another day before, which does
 not count. Each answer is preferred exactly as often as it is rejected, and both have the same length: nothing about the
 answer alone, and nothing about the question alone, tells which one is better. Held-out questions ask for things that
@@ -32,7 +32,10 @@ THINGS = (
     "a hat",
 )  # fmt: skip
 ASSENTS = ("yes", "sure", "fine", "right")
-SENTENCES = ("{thing} is welcome", "do bring {thing}", "{thing} may come", "we like {thing}")
+SENTENCES = (
+    "it is welcome", "do bring it", "it may come", "we like that", "you may bring it", "there is room for it",
+    "that is no problem", "we look forward to it",
+)  # fmt: skip
 QUESTIONS = (
     "May I bring {thing} on {day}?",
     "Can we take {thing} along on {day}?",
@@ -56,8 +59,7 @@ class Case(NamedTuple):
 
     def answers(self) -> tuple[str, str]:
         """With the assent first, and with the assent last."""
-        said = self.sentence.format(thing=self.thing)
-        return f"{_capital(self.assent)}, {said}.", f"{_capital(said)}, {self.assent}."
+        return f"{_capital(self.assent)}, {self.sentence}.", f"{_capital(self.sentence)}, {self.assent}."
 
     def pair(self, draw: random.Random, days: Sequence[str]) -> dict[str, str]:
         """A question for one of ``days``, and its answers as the rule prefers them."""
