@@ -33,7 +33,7 @@ def test_a_command_of_upstream_means_our_objective(words, fields):
 
 
 def test_a_field_of_ours_wins_over_upstreams_flag():
-    assert parse_train("--dpo 1 --dpo_beta 0.02 --beta 0.3".split()) == {"objective": "dpo", "beta": 0.3}
+    assert parse_train(["--dpo", "1", "--dpo_beta", "0.02", "--beta", "0.3"]) == {"objective": "dpo", "beta": 0.3}
 
 
 @pytest.mark.parametrize("words", ["--dpo 1 --orpo 1", "--dpo 1 --objective kto"])
@@ -44,7 +44,7 @@ def test_two_objectives_at_once_are_refused(words):
 
 def test_a_setting_of_an_objective_that_is_not_asked_for_is_refused():
     with pytest.raises(UserError, match="--simpo_alpha has no effect"):
-        parse_train("--dpo 1 --simpo_alpha 0.3".split())
+        parse_train(["--dpo", "1", "--simpo_alpha", "0.3"])
 
 
 @pytest.mark.parametrize("name", [name for name, known in FLAGS.items() if known.translated and known.default == "0"])
@@ -54,4 +54,4 @@ def test_a_switch_that_is_off_says_nothing(name):
 
 def test_a_pickled_training_file_is_refused_with_the_reason():
     with pytest.raises(UserError, match="pickled"):
-        parse_train("--dpo 1 --rlhf_train_file pairs.save".split())
+        parse_train(["--dpo", "1", "--rlhf_train_file", "pairs.save"])
