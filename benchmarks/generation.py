@@ -4,11 +4,11 @@
     python benchmarks/generation.py --model base.pth --device cuda --precision bf16 --json generation.json
     python benchmarks/generation.py --lengths 16 1024             memory of answers of these lengths, not speed
 
-``tokens/s`` are those drawn, prompts and drawing included: answers of --tokens tokens to prompts of --prompt tokens,
-three for each slot, so that slots are given to new prompts. Sizes take turns, the fastest of --rounds counts, in
-seconds of the wall clock. ``gain`` is against one slot; ``one by one`` is a loop over single texts, without slots.
-``state`` is what the slots remember. ``peak`` is the most that all tensors took at once beside the weights: on a CPU
-every tensor that PyTorch makes and lets go is counted.
+``tokens/s`` are those drawn, prompts and drawing included: three answers for each slot to prompts of --prompt tokens,
+half to one and a half times as long as --tokens, so that slots are given to new prompts one by one. Sizes take turns,
+the fastest of --rounds counts, in seconds of the wall clock. ``gain`` is against one slot; ``one by one`` is a loop
+over single texts, without slots. ``state`` is what the slots remember. ``peak`` is the most that all tensors took at
+once beside the weights: on a CPU every tensor that PyTorch makes and lets go is counted.
 """
 
 from __future__ import annotations
@@ -60,20 +60,35 @@ def requests(model: Rwkv, count: int, tokens: int) -> Iterator[Request]:
         yield Request(prompt.tolist(), seed)
 
 
-def answer(model: Rwkv, options: argparse.Namespace, *, slots: int, tokens: int, each: int = 3) -> int:
-    """Answer some prompts for each slot; the number of tokens drawn."""
-    asked = requests(model, each * slots, options.prompt)
-    found = decode(model, asked, SAMPLING, max_tokens=tokens, batch_size=slots, end_token=None)
-    return sum(len(said.tokens) for _, said in found)
+def length(number: int, tokens: int) -> int:
+    """Tokens of an answer: half to one and a half times as many, evenly spread."""
+    return max(1, tokens // 2 + 7919 * number % (tokens + 1))
+
+
+def answer(model: Rwkv, options: argparse.Namespace, slots: int) -> None:
+    """Answer three prompts for each slot."""
+
+    def ends(number: int) -> Callable[[int], bool]:
+        left = iter(range(length(number, options.tokens) - 1, -1, -1))
+        return lambda token: next(left) == 0
+
+    asked = requests(model, 3 * slots, options.prompt)
+    for _ in decode(model, asked, SAMPLING, max_tokens=2 * options.tokens, batch_size=slots, end_token=None, stop=ends):
+        pass
+
+
+def drawn(options: argparse.Namespace, slots: int) -> int:
+    """Tokens that ``answer`` draws."""
+    return sum(length(number, options.tokens) for number in range(3 * slots))
 
 
 def one_by_one(model: Rwkv, options: argparse.Namespace) -> None:
     """The same three answers as with one slot, each a text of its own."""
     generator = TextGenerator(model, load_tokenizer("bytes"))
-    for request in requests(model, 3, options.prompt):
+    for number, request in enumerate(requests(model, 3, options.prompt)):
         sampler = Sampler(SAMPLING)
         logits, state = generator.read(request.tokens)
-        for _ in range(options.tokens - 1):
+        for _ in range(length(number, options.tokens) - 1):
             logits, state = generator.read([sampler.draw(logits)], state)
         sampler.draw(logits)
 
@@ -86,17 +101,13 @@ def state_bytes(model: Rwkv) -> int:
 def speed(model: Rwkv, options: argparse.Namespace) -> list[dict[str, Any]]:
     runs: dict[str, Callable[[], object]] = {"one by one": partial(one_by_one, model, options)}
     for slots in options.batch:
-        runs[str(slots)] = partial(answer, model, options, slots=slots, tokens=options.tokens)
+        runs[str(slots)] = partial(answer, model, options, slots)
     seconds = fastest(runs, options.device, options.rounds)
-    each = state_bytes(model) / 1e6
-    rows = []
-    for name, took in seconds.items():
-        slots = int(name) if name.isdigit() else 1
-        rate = 3 * slots * options.tokens / took
-        rows.append({"slots": name, "tokens/s": rate, "ms a step": 1e3 * took / (3 * options.tokens),
-                     "gain": rate * seconds[str(options.batch[0])] / (3 * options.batch[0] * options.tokens),
-                     "state, MB": each * slots})
-    return rows
+    sizes = {name: int(name) if name.isdigit() else 1 for name in runs}
+    rates = {name: drawn(options, slots) / seconds[name] for name, slots in sizes.items()}
+    first, each = rates[str(options.batch[0])], state_bytes(model) / 1e6
+    return [{"slots": name, "tokens/s": rates[name], "gain": rates[name] / first, "state, MB": each * slots}
+            for name, slots in sizes.items()]
 
 
 def memory(model: Rwkv, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -110,7 +121,11 @@ def memory(model: Rwkv, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def peak(model: Rwkv, options: argparse.Namespace, slots: int, tokens: int) -> int:
-    run = partial(answer, model, options, slots=slots, tokens=tokens, each=1)
+    def run() -> None:
+        asked = requests(model, slots, options.prompt)
+        for _ in decode(model, asked, SAMPLING, max_tokens=tokens, batch_size=slots, end_token=None):
+            pass
+
     counted = peak_bytes(run, options.device)
     if counted is not None:
         return counted

@@ -20,6 +20,9 @@ from rwkvpeft.models.backbone import Rwkv
 Ends = Callable[[int], bool]
 """Is told every token drawn for one answer, and says whether the answer is over with it."""
 
+_AHEAD = 8
+"""Of so many slots one has its next prompt read before it is free: a prompt alone takes as long as several."""
+
 
 class Request(NamedTuple):
     """``tokens`` of the prompt, at least one (token 0, which ends a document, stands for an empty text); ``seed`` of
@@ -68,14 +71,14 @@ def decode(
 ) -> Iterator[tuple[int, Answer]]:
     """Answer requests, each independent of the others.
 
-    Requests are taken as slots become free. The same prompt asked several times in a row is read once: its state is
-    repeated. A tuned start state and adapters act as they do in the model's own forward.
+    Requests are taken as slots become free, an eighth of the slots ahead. The same prompt asked several times in a row
+    is read once: its state is repeated. A tuned start state and adapters act as they do in the model's own forward.
 
     Args:
         model: in evaluation mode; no gradient is computed, and its weights can be trained afterwards.
         sampling: how tokens are drawn; its seed is not read, for every request has its own.
         max_tokens: longest answer.
-        batch_size: slots. Memory is that of so many states and logits, twice, and of one prefill.
+        batch_size: slots. Memory is that of so many states and logits, little more than twice, and of one prefill.
         end_token: ends an answer; None if there is no such token.
         stop: given the number of a request, makes what watches its answer for another end, see ``Ends``.
         report: is called after each token of all slots.
@@ -88,18 +91,19 @@ def decode(
     if max_tokens < 1 or batch_size < 1:
         raise ContractError(f"max_tokens {max_tokens} and batch_size {batch_size} must be at least 1")
     model.shape.check_recurrent("answering prompts")
-    waiting = enumerate(requests)
-    prompts = _Prompts(model, prefill_tokens)
+    waiting = _Waiting(model, requests, ahead=max(batch_size // _AHEAD, 1), tokens_at_once=prefill_tokens)
     count = Count(0, 0, 0)
-    while taken := list(islice(waiting, batch_size)):
-        slots = _Slots(model, taken, prompts, sampling, stop)
-        while slots.writing:
-            ended = slots.step(max_tokens, end_token)
-            count = Count(count.answers + len(ended), count.tokens + slots.width, prompts.tokens)
-            report(count)
-            for row in ended:
-                yield slots.writing[row].number, slots.writing[row].answer()
-            slots.go_on(ended, list(islice(waiting, len(ended))))
+    first = waiting.take(batch_size)
+    if first is None:
+        return
+    slots = _Slots(model, first, sampling, stop)
+    while slots.writing:
+        ended = slots.step(max_tokens, end_token)
+        count = Count(count.answers + len(ended), count.tokens + slots.width, waiting.tokens)
+        report(count)
+        for row in ended:
+            yield slots.writing[row].number, slots.writing[row].answer()
+        slots.go_on(ended, waiting.take(len(ended)) if ended else None)
 
 
 class _Writing:
@@ -129,18 +133,57 @@ class _Writing:
         return Answer(self._tokens, self._logprobs, self.ended)
 
 
-class _Prompts:
-    """Reads the prompts of requests, and keeps the last one's state for those who ask it again."""
+class _Begun(NamedTuple):
+    """Requests with their numbers, and what the model knows behind their prompts, a row each."""
 
-    def __init__(self, model: Rwkv, tokens_at_once: int) -> None:
+    requests: list[tuple[int, Request]]
+    prompts: ReadPrompts
+
+    def part(self, start: int, stop: int) -> _Begun:
+        """Some of the requests."""
+        requests = self.requests[start:stop]
+        return _Begun(requests, self.prompts.select(range(start, start + len(requests))))
+
+
+class _Waiting:
+    """Reads the prompts of requests, some at a time, which takes less time than one by one.
+
+    Args:
+        ahead: prompts that are read at least, if there are so many.
+    """
+
+    def __init__(self, model: Rwkv, requests: Iterable[Request], *, ahead: int, tokens_at_once: int) -> None:
         self.tokens = 0
-        self._model = model
-        self._tokens_at_once = tokens_at_once
+        self._model, self._ahead, self._tokens_at_once = model, ahead, tokens_at_once
+        self._requests = enumerate(requests)
+        self._ready: _Begun | None = None
+        self._place = 0
+        # kept for those who ask the same again
         self._last: tuple[tuple[int, ...], ReadPrompts] | None = None
 
-    def read(self, requests: Sequence[Request]) -> ReadPrompts:
-        """A row for each request."""
-        asked = [tuple(request.tokens) for request in requests]
+    def take(self, count: int) -> _Begun | None:
+        """The next requests: so many, or all that there are; None if there is none."""
+        missing = count - (0 if self._ready is None else len(self._ready.requests) - self._place)
+        if missing > 0:
+            self._read(max(missing, self._ahead))
+        if self._ready is None or self._place == len(self._ready.requests):
+            return None
+        taken = self._ready.part(self._place, self._place + count)
+        self._place += len(taken.requests)
+        return taken
+
+    def _read(self, count: int) -> None:
+        requests = list(islice(self._requests, count))
+        if not requests:
+            return
+        begun = [_Begun(requests, self._prompts([tuple(request.tokens) for _, request in requests]))]
+        if self._ready is not None and self._place < len(self._ready.requests):
+            begun.insert(0, self._ready.part(self._place, len(self._ready.requests)))
+        self._ready = _Begun([one for part in begun for one in part.requests], joined([part.prompts for part in begun]))
+        self._place = 0
+
+    def _prompts(self, asked: Sequence[tuple[int, ...]]) -> ReadPrompts:
+        """A row for each prompt; none is read twice."""
         known, parts = [], []
         if self._last is not None and self._last[0] in asked:
             known, parts = [self._last[0]], [self._last[1]]
@@ -158,17 +201,12 @@ class _Slots:
     """The slots, and the answers that are written in them."""
 
     def __init__(
-        self,
-        model: Rwkv,
-        taken: Sequence[tuple[int, Request]],
-        prompts: _Prompts,
-        sampling: SamplingConfig,
-        stop: Callable[[int], Ends] | None,
+        self, model: Rwkv, begun: _Begun, sampling: SamplingConfig, stop: Callable[[int], Ends] | None
     ) -> None:
-        self._model, self._prompts, self._stop = model, prompts, stop
-        self._now = prompts.read([request for _, request in taken])
-        self._sampler = RowSampler(sampling, [request.seed for _, request in taken])
-        self.writing = [self._begin(number) for number, _ in taken]
+        self._model, self._stop = model, stop
+        self._now = begun.prompts
+        self._sampler = RowSampler(sampling, [request.seed for _, request in begun.requests])
+        self.writing = [self._begin(number) for number, _ in begun.requests]
 
     @property
     def width(self) -> int:
@@ -184,22 +222,21 @@ class _Slots:
             if writing.push(token, logprob, max_tokens, end_token)
         ]
 
-    def go_on(self, ended: Sequence[int], taken: Sequence[tuple[int, Request]]) -> None:
+    def go_on(self, ended: Sequence[int], begun: _Begun | None) -> None:
         """Read the drawn tokens, give slots that ended to new requests, and up those for which there is none."""
-        given_up = set(ended[len(taken) :])
+        new = [] if begun is None else begun.requests
+        given_up = set(ended[len(new) :])
         kept = [row for row in range(self.width) if row not in given_up]
         if given_up:
             self.writing = [self.writing[row] for row in kept]
             self._sampler.select(kept)
             self._now = self._now.select(kept)
-        if not self.writing:
-            return
-        filled = [kept.index(row) for row in ended[: len(taken)]]
-        if len(filled) < self.width:
+        if len(new) < self.width:
             self._read_drawn()
-        if filled:
-            self._now.put(filled, self._prompts.read([request for _, request in taken]))
-            for row, (number, request) in zip(filled, taken, strict=True):
+        if begun is not None:
+            filled = [kept.index(row) for row in ended[: len(new)]]
+            self._now.put(filled, begun.prompts)
+            for row, (number, request) in zip(filled, new, strict=True):
                 self.writing[row] = self._begin(number)
                 self._sampler.restart(row, request.seed)
 

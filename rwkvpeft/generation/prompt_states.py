@@ -27,7 +27,7 @@ class ReadPrompts(NamedTuple):
 
     def select(self, rows: Sequence[int]) -> ReadPrompts:
         """Some of the prompts, repeats allowed."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.logits.device)
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.logits.device)
         return ReadPrompts(self.state.select(index), self.logits.index_select(0, index))
 
     def put(self, rows: Sequence[int], other: ReadPrompts) -> None:

@@ -147,6 +147,17 @@ def test_an_answer_does_not_depend_on_what_else_is_answered(
     assert [answer.tokens for answer in found] == expected
 
 
+def test_prompts_read_ahead_are_answered_as_others_are(model):
+    prompts = some_prompts([1 + 7 * number % 30 for number in range(13)])
+    requests = [Request(prompt, 10 * place + seed) for place, prompt in enumerate(prompts) for seed in range(3)]
+    whole = [one_by_one(model, request, VARIED, 8, None) for request in requests]
+    ends = [next((place for place, token in enumerate(tokens, 1) if token % 5 == 0), 8) for tokens in whole]
+    assert len(set(ends)) > 5
+    found = answers(model, requests, VARIED, max_tokens=8, batch_size=24, end_token=None,
+                    stop=lambda number: lambda token: token % 5 == 0)
+    assert [answer.tokens for answer in found] == [tokens[:end] for tokens, end in zip(whole, ends, strict=True)]
+
+
 def test_samples_of_one_prompt_differ_by_their_seeds(model):
     prompt = some_prompts([20])[0]
     found = answers(model, [Request(prompt, seed) for seed in (1, 2, 3, 1)])
