@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkvpeft.config.groups import TrainConfig
+from rwkvpeft.config.objective import PREFERENCES, WITH_REFERENCE
+from rwkvpeft.config.reference import compares_with_start
 from rwkvpeft.training.history import BEST
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def start_lines(
         *_model_lines(config, base, origin, model),
         *data.dataset.report().render().splitlines(),
         *(_watched_lines(config, watched) if watched else []),
+        *_objective_lines(config),
         *_plan_lines(config, data, plan),
         f"learning rate: {schedule.lr_init:g} to {schedule.lr_final:g}, {_shape(config)}",
         f"machine: {runtime.devices * runtime.num_nodes} x {runtime.accelerator}, {runtime.precision}, "
@@ -71,6 +74,30 @@ def _shape(config: TrainConfig) -> str:
         return schedule.lr_schedule
     cosine = "cosine by tokens"
     return cosine if schedule.my_exit_tokens > 0 else f"mean of {schedule.lr_schedule} and {cosine}"
+
+
+def _objective_lines(config: TrainConfig) -> list[str]:
+    """What is learned, where it is not the next token; with the settings that decide most."""
+    name = config.objective.objective
+    if name in PREFERENCES:
+        # it imports torch, as below
+        from rwkvpeft.objectives.preference.base import USUAL
+
+        asked, usual = config.objective, USUAL[name]
+        beta = usual.beta if asked.beta is None else asked.beta
+        share = usual.sft_share if asked.sft_share is None else asked.sft_share
+        start = "the model as training finds it" if compares_with_start(config) else "the base, adapter switched off"
+        compared = f", compared with {start}" if name in WITH_REFERENCE else ""
+        return [f"objective: {name}, beta {beta:g}, share of plain tuning {share:g}{compared}"]
+    if name == "distill":
+        asked_of = config.distillation
+        return [f"objective: distill from {asked_of.teacher}, weight {asked_of.distill_alpha:g}, temperature "
+                f"{asked_of.distill_temperature:g}, the likeliest {asked_of.distill_top_k or 'all'} tokens"]
+    if name == "grpo":
+        rewards = config.rewards
+        return [f"objective: grpo, {rewards.group_size} answers of at most {rewards.answer_tokens} tokens to each "
+                f"prompt, judged by {', '.join(rewards.reward)}; advantage {rewards.advantage}"]
+    return []
 
 
 def _chunk_lines(config: TrainConfig) -> list[str]:

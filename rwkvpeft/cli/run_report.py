@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("rwkvpeft", "torch", "pytorch-lightning", "numpy", "triton", "bitsandbytes", "peft", "fla-core")
 _MOST_ROWS = 24
+# of an objective's further figures of held-out data
+_METRICS = ("accuracy", "margin", "reward", "answer_tokens")
 _GIB = 2**30
 _NO_PICTURES = "Pictures of the curves need matplotlib: `pip install 'rwkvpeft[plot]'`."
 
@@ -131,10 +133,11 @@ def _evaluations(evaluations: list[dict[str, Any]], config: TrainConfig) -> list
             _number(line["val_loss"]),
             _number(line["perplexity"], 2),
             _number(line["general_loss"]),
+            *(_number(line.get("metrics", {}).get(name)) for name in _METRICS),
         )
         for line in shown
     ]
-    names = ("step", "held-out loss", "perplexity", "general loss")
+    names = ("step", "held-out loss", "perplexity", "general loss", *_METRICS)
     kept = [column for column in range(len(names)) if any(row[column] for row in rows)]
     lines = ["## Evaluations", "", *_table([names[i] for i in kept], [[row[i] for i in kept] for row in rows])]
     if width > 1:

@@ -28,6 +28,7 @@ from rwkvpeft.memory.outline import (
     without_values,
 )
 from rwkvpeft.memory.sharing import STEP, beside, gradients_at, held, saving
+from rwkvpeft.memory.teacher import teacher_bytes
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.objectives.base import Provided
@@ -43,10 +44,10 @@ Moments = dict[tuple[str, Most], Moment]
 class Expected(NamedTuple):
     """Bytes on one device at the worst moment of a step.
 
-    ``frozen``: weights and packed weights that are not trained; ``trained``: trained numbers in fp32; ``optimizer``:
-    its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass keeps for the
-    backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``: what the strategy
-    adds, its own copy of trained weights, buckets of gradients and weights that are gathered for a moment.
+    ``frozen``: weights and packed weights that are not trained, a teacher's too; ``trained``: trained numbers in fp32;
+    ``optimizer``: its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass
+    keeps for the backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``: what
+    the strategy adds, its own copy of trained weights, buckets of gradients and weights that are gathered for a moment.
     ``saving``: on a CPU, what is put together to be written, if that is the worst moment.
     Not on the device: ``main_memory``, what each process of an offloading strategy keeps there; ``main_saving``, what
     the first process puts together there to write it.
@@ -109,10 +110,11 @@ def expect(
     saved, on_cpu = saving(counts, moments_each, config), runtime.accelerator == "cpu"
     # on a CPU nothing is gained by moving it to main memory
     kept = resting.copies + (resting.main_memory if on_cpu else 0)
+    teacher = teacher_bytes(config)
 
     def at(phase: str, moment: Moment) -> Expected:
         return Expected(
-            frozen=resting.frozen,
+            frozen=resting.frozen + teacher,
             trained=resting.trained,
             optimizer=resting.optimizer,
             gradients=gradients_at(moment, phase, counts, runtime),
@@ -126,7 +128,7 @@ def expect(
 
     needs = [at(phase, moment) for (phase, _), moment in moments.items()]
     if on_cpu:
-        needs.append(Expected(resting.frozen, resting.trained, resting.optimizer, 0, 0, kept, saved))
+        needs.append(Expected(resting.frozen + teacher, resting.trained, resting.optimizer, 0, 0, kept, saved))
     return max(needs, key=lambda need: need.total)
 
 

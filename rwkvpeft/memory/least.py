@@ -19,6 +19,7 @@ from rwkvpeft.memory.dry_run import Moment
 from rwkvpeft.memory.machine import memory_of_each
 from rwkvpeft.memory.outline import DTYPES, UNPACKED, MakeAdapter, NoOutline, counts_of
 from rwkvpeft.memory.sharing import STEP, gradients_at, held
+from rwkvpeft.memory.teacher import teacher_bytes
 from rwkvpeft.memory.ways import NeedOf, cheapest_ways
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.registry import OPTIMIZERS, find
@@ -69,7 +70,7 @@ def least_need(
     states = 0 if varies else bytes_of_states(shape, config, beyond=2)
     kept = counts.layers * _KEPT_PER_BLOCK[config.runtime.grad_cp]
     return Least(
-        weights=resting.frozen + wide * resting.trained + resting.copies,
+        weights=resting.frozen + teacher_bytes(config) + wide * resting.trained + resting.copies,
         optimizer=resting.optimizer,
         gradients=wide * gradients_at(all_gradients, STEP, counts, config.runtime),
         activations=kept * rows * shape.n_embd * numbers + states,

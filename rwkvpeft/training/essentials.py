@@ -59,7 +59,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "quant_head": recipe.quant_head,
         "train_parts": recipe.train_parts,
         **asdict(config.objective),
-        **asdict(config.distillation),
+        **asdict(config.distillation) | {"teacher": _stamp(Path(config.distillation.teacher))},
         **asdict(config.rewards),
         "adapter": _stamp(Path(config.method.adapter)),
         **{name: getattr(config.method, name) for name in ("dropout", "label_smoothing", "neftune_alpha")},
