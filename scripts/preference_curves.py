@@ -78,7 +78,7 @@ class Case:
 CASES = (
     Case("dpo", 2e-3),
     Case("ipo", 2e-3),
-    Case("orpo", 3e-3, flags=("--beta", "1")),
+    Case("orpo", 3e-3, flags=("--beta", "1"), steps=200),
     Case("simpo", 2e-3, flags=("--beta", "10")),
     Case("kto", 2e-3),
     Case("wpo", 2e-3),
