@@ -55,7 +55,7 @@ def tokenise_block(
 
     Bad lines are returned, not raised. The tokenizer is loaded once per process.
     """
-    tokenizer = _loaded(tokenizer_name)
+    tokenizer = loaded(tokenizer_name)
     lines = read_block(path, start, end)
     stream = array("H" if tokenizer.vocab_size <= 1 << 16 else "i")
     table = VoiceTable()
@@ -108,12 +108,13 @@ def tokenise_block(
 
 def prepare(tokenizer_name: str) -> None:
     """Load all that ``tokenise_block`` needs, so that processes forked from this one share it."""
-    tokenizer = _loaded(tokenizer_name)
+    tokenizer = loaded(tokenizer_name)
     tokenizer.spell(np.array(tokenizer.encode("a"), dtype=np.uint16))
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str) -> Tokenizer:
+def loaded(name: str) -> Tokenizer:
+    """The tokenizer, loaded once in a process."""
     return load_tokenizer(name)
 
 

@@ -14,7 +14,7 @@ from rwkvpeft.data.check import DataCheck, check_data, count_thoughts
 from rwkvpeft.data.jsonl import BadLine, Record, blocks, excerpt, parse_line, read_block
 from rwkvpeft.data.openings import answers_of
 from rwkvpeft.data.pair_batches import WITH_MISMATCHED
-from rwkvpeft.data.pair_source import PairSource, records_of
+from rwkvpeft.data.pair_source import open_pair_source, records_of
 from rwkvpeft.data.pairs import PairRows
 from rwkvpeft.data.progress import Progress
 from rwkvpeft.data.prompt_source import PromptSource
@@ -49,8 +49,8 @@ def check_pairs(config: DataConfig, answers: int) -> DataCheck:
     found = DataCheck(config.ctx_len)
     tokenizer, seen = load_tokenizer(config.tokenizer), dict[bytes, str]()
     for path, _ in data_files(config.data_file):
-        source = PairSource(path, _records(config, path, found), tokenizer, unpaired=answers == WITH_MISMATCHED,
-                            refuse=lambda error: found.bad.append(_line(error)))
+        source = open_pair_source(config, path, unpaired=answers == WITH_MISMATCHED,
+                                  refuse=lambda error: found.bad.append(_line(error)))
         parts = source.parts
         found.sizes.append((parts[:, 0, 0] + (parts[:, :, 2] - parts[:, :, 0]).max(axis=1)).astype(np.int32))
         found.notes += source.notes

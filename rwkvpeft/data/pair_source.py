@@ -1,59 +1,39 @@
 """Pairs of answers as a source of documents: a document holds what the answers share, then one answer after the other.
-
-Each answer is tokenised with its prompt in front, as a document of its own, so that its tokens are those of instruction
-tuning. What both begin with is kept once; the last token of it stands at the beginning of each answer, for the first
-token of an answer is predicted from it.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkvpeft.config.data_files import format_of
 from rwkvpeft.config.groups import DataConfig
-from rwkvpeft.data.conversation import require_end, tokenise
+from rwkvpeft.data.conversation import require_end
 from rwkvpeft.data.huggingface import sft_records
-from rwkvpeft.data.jsonl import SHOWN, Record, excerpt, line_error, read_records
-from rwkvpeft.data.layouts import RecordError
-from rwkvpeft.data.pair_layouts import Pair, read_pair
+from rwkvpeft.data.jsonl import Record, line_error, read_records
+from rwkvpeft.data.pair_block import PairBlock, bad_record, tokenise_pair_block, tokenise_pairs
+from rwkvpeft.data.parallel import in_blocks
+from rwkvpeft.data.progress import Progress, ProgressLines
 from rwkvpeft.data.records import RecordSource, empty_stream
-from rwkvpeft.data.template import render
 from rwkvpeft.data.tokenizer import Tokenizer, load_tokenizer
 from rwkvpeft.data.voices import VoiceTable
 from rwkvpeft.errors import UserError
 
+Refuse = Callable[[UserError], None]
+"""Is told of a record that cannot be used, which is then left out."""
 
-class Part(NamedTuple):
-    """Where an answer lies in its document: ``start`` to ``stop``, and ``answer``, its first token that an assistant
-    says; all equal for one that is not there."""
-
-    start: int
-    answer: int
-    stop: int
-
-
-class TokenPair(NamedTuple):
-    """What a record becomes: ``tokens`` and ``codes`` (T,), the shared part first; and where its two answers lie."""
-
-    tokens: list[int]
-    codes: NDArray[np.uint8]
-    parts: tuple[Part, Part]
-
-    @property
-    def is_identical(self) -> bool:
-        """Whether both answers are there and the same."""
-        chosen, rejected = (self.tokens[part.start : part.stop] for part in self.parts)
-        return chosen == rejected
+_RECORDS_AT_ONCE = 1024
 
 
 class PairSource(RecordSource):
-    """Records of preferred answers, tokenised when the source is made and held in memory.
+    """Records of preferred answers, held in memory. Pairs of identical answers are left out, with a note.
 
     Attributes:
         parts: (len, 2, 3) int32, of chosen and rejected what ``Part`` says.
@@ -68,53 +48,86 @@ class PairSource(RecordSource):
         tokenizer: Tokenizer,
         *,
         unpaired: bool,
-        refuse: Callable[[UserError], None] | None = None,
+        refuse: Refuse | None = None,
     ) -> None:
-        """Pairs of identical answers are left out, with a note.
-
+        """
         Args:
             name: of the file, for messages.
             unpaired: whether single answers with a label are read too.
-            refuse: is told of a record that cannot be used, which is then left out; None: it is raised.
+            refuse: None: a record that cannot be used is raised.
         Raises: UserError with NAME:LINE for a record that cannot be used, if no record is left, and what ``records``
             raises.
         """
         require_end(tokenizer)
         self.name = name
-        stream, table = empty_stream(tokenizer), VoiceTable()
-        sizes, lines, parts, codes = array("i"), array("q"), array("i"), bytearray()
+        self._take(_blocks_of(records, tokenizer, unpaired), tokenizer, refuse)
+
+    def _take(self, blocks: Iterable[PairBlock], tokenizer: Tokenizer, refuse: Refuse | None) -> None:
+        stream, table, codes = empty_stream(tokenizer), VoiceTable(), bytearray()
+        sizes, places, parts = array("i"), array("q"), array("i")
         same: list[int] = []
-        for record in records:
-            try:
-                made = token_pair(read_pair(record.value, unpaired=unpaired), tokenizer, table)
-            except (RecordError, UserError, RecursionError) as reason:
-                error = record_error(name, record, reason)
-                if refuse is None:
-                    raise error from reason
-                refuse(error)
-                continue
-            if made.is_identical:
-                same.append(record.line)
-                continue
-            stream.extend(array(stream.typecode, made.tokens))
-            sizes.append(len(made.tokens))
-            lines.append(record.line)
-            codes += made.codes.tobytes()
-            for part in made.parts:
-                parts.extend(part)
+        lines = 0
+        for block in blocks:
+            for bad in block.bad:
+                _tell(line_error(self.name, lines + bad.line, bad.what, bad.shown), refuse)
+            stream.frombytes(block.tokens.astype(stream.typecode).tobytes())
+            codes += table.translation(block.voices)[block.codes].tobytes()
+            sizes.frombytes(block.sizes.tobytes())
+            places.frombytes((block.places + lines).tobytes())
+            parts.frombytes(block.parts.tobytes())
+            same += [lines + line for line in block.same]
+            lines += block.lines
         if same:
-            self.notes = (_identical(name, same),)
+            self.notes = (_identical(self.name, same),)
         if not sizes and refuse is None:
-            raise UserError(f"{name} holds no pair that can be learned from",
-                            found=f"{len(same)} with chosen and rejected alike", expected="two answers that differ")
-        self._hold(stream, sizes, lines, codes, table)
+            raise UserError(f"{self.name} holds no pair that can be learned from",
+                            found=f"{len(same)} with chosen and rejected alike" if same else "no record",
+                            expected="two answers that differ")
+        self._hold(stream, sizes, places, codes, table)
         self.parts = np.frombuffer(parts, dtype=np.int32).reshape(-1, 2, 3)
 
 
-def open_pair_source(config: DataConfig, path: str, *, unpaired: bool) -> PairSource:
-    """One file of ``--data_file``. Raises: UserError as ``PairSource``, and for a file without records."""
-    records = records_of(config, path)
-    return PairSource(path, records, load_tokenizer(config.tokenizer), unpaired=unpaired)
+class JsonlPairs(PairSource):
+    """A jsonl file of preferred answers; a large one is tokenised in several processes."""
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Tokenizer,
+        *,
+        unpaired: bool,
+        refuse: Refuse | None = None,
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        """Args and errors as of ``PairSource``; ``report`` is told how far the file is read."""
+        require_end(tokenizer)
+        self.name = path
+        work = partial(tokenise_pair_block, tokenizer_name=tokenizer.name, unpaired=unpaired)
+        blocks = in_blocks(Path(path), work, tokenizer.name)
+        self._take(_reported(blocks, Path(path), report), tokenizer, refuse)
+
+
+def open_pair_source(
+    config: DataConfig, path: str, *, unpaired: bool, refuse: Refuse | None = None
+) -> PairSource:
+    """One file of ``--data_file``.
+
+    Args:
+        unpaired, refuse: as of ``PairSource``.
+    Raises: UserError as ``PairSource``, and for a file without records.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    if format_of(path, config.data_type) != "jsonl":
+        return PairSource(path, records_of(config, path), tokenizer, unpaired=unpaired, refuse=refuse)
+    with ProgressLines(sys.stderr.isatty()) as progress:
+        return JsonlPairs(path, tokenizer, unpaired=unpaired, refuse=refuse, report=progress.show_slow)
+
+
+def _blocks_of(records: Iterable[Record], tokenizer: Tokenizer, unpaired: bool) -> Iterator[PairBlock]:
+    """Records of any origin, tokenised in this process."""
+    left = iter(records)
+    while some := list(itertools.islice(left, _RECORDS_AT_ONCE)):
+        yield tokenise_pairs(some, tokenizer, unpaired)
 
 
 def records_of(config: DataConfig, path: str) -> Iterator[Record]:
@@ -137,45 +150,26 @@ def records_of(config: DataConfig, path: str) -> Iterator[Record]:
     )
 
 
-def token_pair(pair: Pair, tokenizer: Tokenizer, table: VoiceTable) -> TokenPair:
-    """A pair as tokens. Raises: UserError as ``tokenise``."""
-    each = [None if turns is None else tokenise(render([*pair.prompt, *turns]), tokenizer, table)
-            for turns in pair.answers]
-    there = [made for made in each if made is not None]
-    spoken = np.array([voice.weight > 0 for voice in table.voices])
-    # the first token of a document is predicted from nothing
-    firsts = [max(1, int(spoken[codes].argmax())) for _, codes in there]
-    shared = _shared(there[0][0], there[-1][0], min(firsts))
-    tokens = there[0][0][:shared]
-    codes = [there[0][1][:shared]]
-    parts: list[Part] = []
-    for made in each:
-        start = len(tokens)
-        if made is None:
-            parts.append(Part(start, start, start))
-            continue
-        tokens = tokens + made[0][shared:]
-        codes.append(made[1][shared:])
-        parts.append(Part(start, start + firsts.pop(0) - shared, len(tokens)))
-    return TokenPair(tokens, np.concatenate(codes), (parts[0], parts[1]))
-
-
-def _shared(one: list[int], other: list[int], most: int) -> int:
-    """Tokens that both begin with and that are not scored, less the last of them."""
-    pairs = zip(one[:most], other[:most], strict=False)
-    common = next((place for place, (a, b) in enumerate(pairs) if a != b), min(most, len(one), len(other)))
-    return max(0, common - 1)
-
-
 def record_error(name: str, record: Record, reason: Exception) -> UserError:
     """The error for a record that cannot be used, with NAME:LINE and its beginning."""
-    if isinstance(reason, RecursionError):
-        # to be written as JSON takes more of the stack than to be read
-        return line_error(name, record.line, "nested too deeply to be read", "")
-    what = reason.what if isinstance(reason, UserError) else str(reason)
-    # tables hold values that JSON does not know, as dates
-    shown = json.dumps(record.value, ensure_ascii=False, default=str)[:SHOWN]
-    return line_error(name, record.line, what, excerpt(shown.encode("utf-8", errors="replace")))
+    bad = bad_record(record, reason)
+    return line_error(name, bad.line, bad.what, bad.shown)
+
+
+def _reported(
+    blocks: Iterator[tuple[int, PairBlock]], path: Path, report: Callable[[Progress], None]
+) -> Iterator[PairBlock]:
+    tokens = 0
+    for end, block in blocks:
+        yield block
+        tokens += len(block.tokens)
+        report(Progress("tokenise", end, path.stat().st_size, tokens))
+
+
+def _tell(error: UserError, refuse: Refuse | None) -> None:
+    if refuse is None:
+        raise error
+    refuse(error)
 
 
 def _identical(name: str, lines: list[int]) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkvpeft.data.pair_batches import PAIR, WITH_MISMATCHED, PairCollator, packed
+from rwkvpeft.data.pair_block import Part
 from rwkvpeft.data.pair_report import PairReport
-from rwkvpeft.data.pair_source import PairSource, Part
+from rwkvpeft.data.pair_source import PairSource
 from rwkvpeft.data.row import Joining, Row
 from rwkvpeft.data.rows import DocumentDataset, Sample
 from rwkvpeft.data.sampling import mix, permute_many, sample_index, sample_indices

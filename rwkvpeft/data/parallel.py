@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import TypeVar
 
 from rwkvpeft.data.block import Block, prepare, tokenise_block
 from rwkvpeft.data.conversation import require_end
@@ -23,6 +25,8 @@ from rwkvpeft.errors import UserError
 # below this a second process takes longer to start than it saves
 _WORTH_A_WORKER_BYTES = 1 << 24
 _MOST_WORKERS = 32
+
+Made = TypeVar("Made")
 
 
 def tokenised_blocks(
@@ -37,18 +41,31 @@ def tokenised_blocks(
     Raises: UserError if the file cannot be read, the tokenizer has no token for a document's end, or a process dies.
     """
     require_end(load_tokenizer(tokenizer))
+    work = partial(tokenise_block, tokenizer_name=tokenizer, text_key=text_key, with_voices=with_voices)
+    yield from in_blocks(path, work, tokenizer, workers)
+
+
+def in_blocks(
+    path: Path, work: Callable[[Path, int, int], Made], tokenizer: str, workers: int | None = None
+) -> Iterator[tuple[int, Made]]:
+    """Where each block of a file of lines ends, and what ``work`` makes of it, in the file's order.
+
+    Args:
+        work: takes the file and where a block begins and ends; runs in other processes if the file is large.
+        tokenizer: which ``work`` loads; ``workers``: as of ``tokenised_blocks``.
+    Raises: UserError if the file cannot be read or a process dies.
+    """
     ranges = blocks(path)
-    rest = (tokenizer, text_key, with_voices)
     workers = workers or _suitable_workers(path)
     if workers == 1:
         for start, end in ranges:
-            yield end, tokenise_block(path, start, end, *rest)
+            yield end, work(path, start, end)
         return
     pool = ProcessPoolExecutor(workers, _start_method(tokenizer), initializer=_prepare_worker)
-    waiting: deque[tuple[int, Future[Block]]] = deque()
+    waiting: deque[tuple[int, Future[Made]]] = deque()
     try:
         for start, end in ranges:
-            waiting.append((end, pool.submit(tokenise_block, path, start, end, *rest)))
+            waiting.append((end, pool.submit(work, path, start, end)))
             if len(waiting) > 2 * workers:
                 place, future = waiting.popleft()
                 yield place, future.result()

@@ -6,7 +6,7 @@ All fields of a record are kept, for what judges the answers may want to know mo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from rwkvpeft.data.jsonl import Record
 from rwkvpeft.data.layouts import RecordError, as_text, chat_turns, instruction_turns, prefaced
 from rwkvpeft.data.pair_layouts import prompt_turns
-from rwkvpeft.data.pair_source import record_error
+from rwkvpeft.data.pair_source import Refuse, record_error
 from rwkvpeft.data.records import RecordSource, empty_stream
 from rwkvpeft.data.template import ASSISTANT, RESPONSE, Turn, render
 from rwkvpeft.data.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class PromptSource(RecordSource):
         tokenizer: Tokenizer,
         text_key: str = "text",
         *,
-        refuse: Callable[[UserError], None] | None = None,
+        refuse: Refuse | None = None,
     ) -> None:
         """Args: ``name`` of the file; ``refuse``: is told of a record that cannot be used, which is then left out;
         None: it is raised. Raises: UserError with NAME:LINE for a record without a prompt."""

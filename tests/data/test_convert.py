@@ -65,7 +65,7 @@ def test_a_worker_that_dies_is_reported(tmp_path, small_blocks, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def die(*arguments):
+def die(*arguments, **more):
     os._exit(9)
 
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvpeft.config.groups import DataConfig
+from rwkvpeft.data import parallel
 from rwkvpeft.data.conversation import segments, tokenise
-from rwkvpeft.data.jsonl import Record
+from rwkvpeft.data.jsonl import Record, blocks
 from rwkvpeft.data.loader import BatchPlan, TrainLoader, evaluation_batches
 from rwkvpeft.data.pair_files import open_pairs, open_pairs_split
-from rwkvpeft.data.pair_source import PairSource
+from rwkvpeft.data.pair_source import JsonlPairs, PairSource
 from rwkvpeft.data.pairs import PairRows
 from rwkvpeft.data.preview import preview
 from rwkvpeft.data.prompts import held_out_prompts
@@ -142,6 +143,13 @@ def test_identical_answers_are_left_out_with_a_note():
 def test_data_of_identical_answers_alone_are_refused():
     with pytest.raises(UserError, match="holds no pair that can be learned from"):
         rows_of(pair("a", "x", "x"))
+
+
+def test_an_empty_file_is_refused(file):
+    file.write_text("\n")
+    with pytest.raises(UserError, match="holds no pair") as error:
+        opened(file)
+    assert error.value.found == "no record"
 
 
 def test_a_bad_record_is_refused_with_its_line():
@@ -293,6 +301,27 @@ def test_a_split_keeps_copies_on_one_side(file):
     assert sides[0]
     assert not sides[0] & sides[1]
     assert "not trained on" in trained.report().notes[0]
+
+
+def test_blocks_and_processes_change_nothing(file, monkeypatch):
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:4], "", json.dumps(pair("a", "x", "x")), *lines[4:]]))
+    whole = JsonlPairs(str(file), load_tokenizer("bytes"), unpaired=False)
+    monkeypatch.setattr(parallel, "blocks", lambda path: blocks(path, 200))
+    monkeypatch.setattr(parallel, "_suitable_workers", lambda path: 2)
+    parts = JsonlPairs(str(file), load_tokenizer("bytes"), unpaired=False)
+    assert np.array_equal(parts.stream, whole.stream)
+    assert np.array_equal(parts.parts, whole.parts)
+    assert parts.label(4) == whole.label(4) == f"{file}:7"
+    assert parts.notes == whole.notes
+    assert whole.notes[0].endswith(f"{file}:6")
+
+
+def test_a_bad_line_behind_other_blocks_has_its_number(file, monkeypatch):
+    file.write_text(file.read_text() + "nonsense\n")
+    monkeypatch.setattr(parallel, "blocks", lambda path: blocks(path, 200))
+    with pytest.raises(UserError, match=r"pairs.jsonl:12: not valid JSON"):
+        opened(file)
 
 
 def test_labels_are_lines(file):
