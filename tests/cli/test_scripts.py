@@ -74,7 +74,7 @@ def resolved(words):
 
 def test_every_script_of_a_method_is_tested_here():
     others = {"pretrain.sh", "quickstart.sh", "setup.sh", "method.sh", "preference.sh", "test.sh"}
-    tested = {*TRAIN, *MERGE, *PREFERENCES, *others}
+    tested = {*TRAIN, *MERGE, *PREFERENCES, "run_grpo.sh", *others}
     assert {path.name for path in (ROOT / "scripts").glob("*.sh")} == tested
 
 
@@ -117,6 +117,16 @@ def test_the_scripts_of_preferences_take_the_weights_of_their_terms(command_line
     assert (dpo.objective, dpo.beta, dpo.sft_share) == ("kto", 0.3, 0.2)
     orpo = resolved(command_line("run_orpo.sh", orpo_alpha="0.4", sft_share="0.5")).objective
     assert (orpo.beta, orpo.sft_share) == (0.4, 0.5)
+
+
+def test_the_script_of_rewards_judges_held_out_problems(command_line, tmp_path):
+    (tmp_path / "val_data.jsonl").write_text('{"metrics": {"reward": 0.5, "kl": 1}}\n{"metrics": {"reward": 1e+0}}\n')
+    settings = {"proj_dir": str(tmp_path), "reward": "a.py:f b.py:g=0.5", "group_size": "4"}
+    config = resolved(command_line("run_grpo.sh", "--advantage", "rloo", **settings))
+    assert (config.objective.objective, config.rewards.advantage, config.rewards.group_size) == ("grpo", "rloo", 4)
+    assert config.rewards.reward == ["a.py:f", "b.py:g=0.5"]
+    assert config.data.data_file == "out/arithmetic/train.jsonl"
+    assert config.evaluation.val_data_file == "out/arithmetic/heldout.jsonl"
 
 
 def test_the_pre_training_script_ends_by_tokens_in_stage_3(command_line, tmp_path):
