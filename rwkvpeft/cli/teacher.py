@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--temperature", type=float, nargs="+", default=[1.0, 2.0], metavar="T",
                         help="what training may take for --distill_temperature (default: 1 2)")
     stored.add_argument("--shard_tokens", type=int, default=1 << 18,
-                        help="tokens of a file, which are in memory together (default: %(default)s)")
+                        help="tokens of a file, which are in memory together; 1 GiB at most (default: %(default)s)")
     stored.add_argument("--tokens_at_once", type=int, default=4096,
                         help="tokens that the model reads at once (default: %(default)s)")
     return parser

@@ -34,10 +34,13 @@ from rwkvpeft.objectives.teaching import read_in_chunks, words_of
 from rwkvpeft.ops.divergence import Likeliest
 from rwkvpeft.ops.sequences import Sequences
 
+_LARGEST_SHARD_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """How labels are to be made; see ``LabelIndex``. ``tokens_at_once`` T; ``chunk_rows`` rows of logits at once."""
+    """How labels are to be made; see ``LabelIndex``, whose shards may be smaller. ``tokens_at_once`` T; ``chunk_rows``
+    rows of logits at once."""
 
     top_k: int
     dtype: str
@@ -69,7 +72,7 @@ def index_of(
 ) -> LabelIndex:
     """What the folder will say of itself. Reads all tokens of the data."""
     sizes = sizes_of(sources)
-    return LabelIndex(
+    index = LabelIndex(
         teacher=teacher,
         teacher_fingerprint=fingerprint,
         vocab_size=vocab_size,
@@ -83,6 +86,8 @@ def index_of(
         places=int(places_of(sizes, settings.ctx_len)[-1]),
         shard_places=settings.shard_places,
     )
+    # all tokens of a large vocabulary take hundreds of KB a place
+    return replace(index, shard_places=max(1, min(index.shard_places, _LARGEST_SHARD_BYTES // index.bytes_per_place)))
 
 
 def begin(folder: Path, index: LabelIndex, sources: Sequence[TokenSource]) -> list[int]:

@@ -123,6 +123,12 @@ def test_labels_do_not_depend_on_how_the_work_is_cut(teacher, tmp_path, shard_pl
         assert_as_live(teacher, batch)
 
 
+def test_a_shard_of_many_tokens_told_apart_stays_small(tmp_path):
+    settings = replace(SETTINGS, top_k=0, shard_places=1 << 18)
+    index = index_of("t.pth", "f", 65536, [open_source(data_of(tmp_path))], settings)
+    assert index.shard_places * index.bytes_per_place <= 1 << 30
+
+
 def test_every_place_is_told_once(teacher, tmp_path):
     told = []
     labels_of(teacher, tmp_path / "labels", data_of(tmp_path), tell=told.append)
