@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -85,3 +87,20 @@ def test_labels_of_other_data_are_refused(train, labels, jsonl_file, tmp_path):
     code, _, err = train("--objective", "distill", "--teacher", labels, "--data_file", other)
     assert code == 2
     assert "not those of" in err
+
+
+@pytest.mark.parametrize("words", [["--dataload", "pack"], ["--infctx", "1", "--chunk_ctx", "16"]])
+@pytest.mark.parametrize("source", ["teacher", "labels"])
+def test_a_run_that_goes_on_ends_with_the_same_weights(train, request, tmp_path, source, words):
+    flags = ["--objective", "distill", "--teacher", request.getfixturevalue(source), "--epoch_steps", "3",
+             "--save_steps", "1", *words]  # fmt: skip
+    assert train(*flags)[0] == 0
+    result = tmp_path / "out" / "rwkv-0.pth"
+    expected = torch.load(result, weights_only=True)
+    shutil.rmtree(tmp_path / "out" / "resume" / "step-00000003")
+    result.unlink()
+    code, out, err = train(*flags)
+    assert code == 0, err
+    assert "going on from" in out + err
+    found = torch.load(result, weights_only=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
