@@ -14,6 +14,7 @@ from rwkvpeft.cli.scratch import Beginning
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.datamodule import TrainingData
 from rwkvpeft.data.rows import RowDataset
+from rwkvpeft.objectives.reward_functions import load_rewards
 from rwkvpeft.training.callbacks.watching import Watched
 from rwkvpeft.training.devices import find_device
 from rwkvpeft.training.essentials import check_essentials, essential_settings
@@ -60,6 +61,8 @@ def open_run(config: TrainConfig, base: Base) -> Opened:
     Raises: UserError if the machine, the memory, the base, the adapter's file or the data do not suit the settings.
     """
     adapter = assemble.make_adapter(config.method, base.shape)
+    # a mistake in their names is told before anything large is read
+    load_rewards(config.rewards.reward)
     assemble.check_merge(base, config.method, adapter)
     assemble.check_whole_rows(base, config)
     start = assemble.read_start(base, config.method, adapter)

@@ -184,6 +184,8 @@ def _check_rewards(config: TrainConfig, findings: Findings) -> None:
                    expected="above 0, up to 1")
     findings.check(rewards.clip_low < 1, "--clip_low is out of range", found=rewards.clip_low,
                    expected="0 up to below 1: a ratio of probabilities cannot fall below 0")
+    findings.check(not config.method.dropout, "--dropout makes other probabilities than those that answers of "
+                   "--objective grpo are drawn with", found=config.method.dropout, fix="leave --dropout out")
     full = config.method.peft == "none" and not config.method.layer_profile
     findings.check(
         rewards.kl_beta == 0 or not full,

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -105,13 +106,15 @@ def _module(place: str, spec: str) -> ModuleType:
     if is_file and not Path(place).is_file():
         raise UserError(f"--reward {spec}: there is no file {place}", expected=_EXPECTED)
     try:
-        return _from_file(Path(place)) if is_file else importlib.import_module(place)
+        return _from_file(Path(place).resolve()) if is_file else importlib.import_module(place)
     except Exception as reason:
         raise UserError(f"--reward {spec} cannot be imported", found=_where(reason), expected=_EXPECTED) from reason
 
 
+@cache
 def _from_file(path: Path) -> ModuleType:
-    outline = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path.resolve())
+    # as for a module with a name, what stands in it is run once
+    outline = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     assert outline is not None
     assert outline.loader is not None
     module = importlib.util.module_from_spec(outline)

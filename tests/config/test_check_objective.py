@@ -71,6 +71,7 @@ def test_a_setting_that_the_objective_does_not_read_is_refused(words, flag):
         ("--objective grpo --reward r.py:f --group_size 1", "--group_size is too small"),
         ("--objective grpo --reward r.py:f --answer_temperature 0", "--answer_temperature must be above 0"),
         ("--objective grpo --reward r.py:f --kl_beta 0.1", "--kl_beta compares with the model"),
+        ("--objective grpo --reward r.py:f --dropout 0.1", "--dropout makes other probabilities"),
         ("--objective grpo --reward r.py:f --strategy fsdp", "every device needs all weights"),
         ("--objective dpo --strategy deepspeed_stage_3", "stage 3 follows one alone"),
         ("--objective dpo --dataload pack", "makes rows its own way"),

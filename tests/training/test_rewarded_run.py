@@ -93,6 +93,13 @@ def test_answers_stay_as_long_as_a_resume_point_is_within_their_steps(tmp_path):
     ]
 
 
+def test_a_reward_function_that_is_not_there_is_told_before_anything_is_written(folder, capsys):
+    (folder / "reward.py").write_text("")
+    assert train(folder) == 2
+    assert "has no function many" in capsys.readouterr().err
+    assert not (folder / "run").exists()
+
+
 def test_a_failing_reward_function_ends_the_run_with_one_message(folder, capsys):
     (folder / "reward.py").write_text("def many(prompts, answers, records):\n    return records[0]['nothing']\n")
     assert train(folder) == 2
