@@ -38,7 +38,7 @@ def main() -> int:
     """Run all seeds and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of 16 prompts x 8 answers")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 32 prompts x 8 answers")
     parser.add_argument("--advantage", default=RewardConfig.advantage)
     parser.add_argument("--least_gain", type=float, default=0.1)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "arithmetic_reward", help="folder of the runs")
@@ -68,8 +68,8 @@ def train(work: Path, seed: int, steps: int, advantage: str) -> list[Point]:
         ROOT / "train.py", "--load_model", work / "base.pth", "--proj_dir", folder, "--resume", "none",
         "--objective", "grpo", "--reward", f"{ARITHMETIC / 'reward.py'}:right", "--advantage", advantage,
         "--data_file", work / "train.jsonl", "--val_data_file", work / "heldout.jsonl", "--val_steps", 20,
-        "--tokenizer", "bytes", "--ctx_len", 12, "--answer_tokens", 4, "--group_size", 8, "--micro_bsz", 16,
-        "--epoch_steps", steps, "--epoch_count", 1, "--lr_init", "5e-3", "--lr_final", "5e-4",
+        "--tokenizer", "bytes", "--ctx_len", 12, "--answer_tokens", 4, "--group_size", 8, "--micro_bsz", 32,
+        "--epoch_steps", steps, "--epoch_count", 1, "--lr_init", "3e-3", "--lr_final", "1e-3",
         "--peft", "lora", "--peft_config", '{"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}', "--train_parts", "none",
         "--accelerator", "cpu", "--precision", "fp32", "--random_seed", seed, "--report", "false",
     )  # fmt: skip
