@@ -46,8 +46,8 @@ class Expected(NamedTuple):
 
     ``frozen``: weights and packed weights that are not trained, a teacher's too; ``trained``: trained numbers in fp32;
     ``optimizer``: its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass
-    keeps for the backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``: what
-    the strategy adds, its own copy of trained weights, buckets of gradients and weights that are gathered for a moment.
+    keeps for the backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``:
+    what the strategy adds, its own copy of trained weights, buckets of gradients and weights gathered for a moment.
     ``saving``: on a CPU, what is put together to be written, if that is the worst moment.
     Not on the device: ``main_memory``, what each process of an offloading strategy keeps there; ``main_saving``, what
     the first process puts together there to write it.
