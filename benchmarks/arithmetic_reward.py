@@ -38,7 +38,7 @@ def main() -> int:
     """Run all seeds and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 32 prompts x 8 answers")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of 32 prompts x 8 answers")
     parser.add_argument("--advantage", default=RewardConfig.advantage)
     parser.add_argument("--least_gain", type=float, default=0.1)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "arithmetic_reward", help="folder of the runs")
@@ -46,9 +46,10 @@ def main() -> int:
     flags = parser.parse_args()
     work = flags.work.resolve()
     began = time.perf_counter()
-    run(ARITHMETIC / "problems.py", "--output", work)
-    run(ARITHMETIC / "base.py", "--problems", work, "--output", work / "base.pth")
-    print(f"problems and base model: {time.perf_counter() - began:.0f} s", flush=True)
+    if not (work / "base.pth").exists():
+        run(ARITHMETIC / "problems.py", "--output", work)
+        run(ARITHMETIC / "base.py", "--problems", work, "--output", work / "base.pth")
+        print(f"problems and base model: {time.perf_counter() - began:.0f} s", flush=True)
     points = []
     for seed in range(1, flags.seeds + 1):
         points += train(work, seed, flags.steps, flags.advantage)
