@@ -26,10 +26,13 @@ from rwkvpeft.data.binidx import BinidxSource, write_binidx
 from rwkvpeft.data.block import tokenise_block
 from rwkvpeft.data.convert import Conversion, convert
 from rwkvpeft.data.jsonl import blocks, read_records
+from rwkvpeft.data.pair_source import JsonlPairs
+from rwkvpeft.data.pairs import PairRows
+from rwkvpeft.data.prompt_source import PromptSource
 from rwkvpeft.data.prompts import read_prompts
 from rwkvpeft.data.records import JsonlSource, RecordSource
 from rwkvpeft.data.tables import read_table
-from rwkvpeft.data.tokenizer import CharacterTokenizer, Utf8Tokenizer, VocabularyTokenizer
+from rwkvpeft.data.tokenizer import CharacterTokenizer, Utf8Tokenizer, VocabularyTokenizer, load_tokenizer
 from rwkvpeft.data.vocabulary import read_characters
 from rwkvpeft.models.rwkv7 import Rwkv7
 from rwkvpeft.models.shape import new_shape
@@ -58,6 +61,15 @@ RECORDS = [
     },
 ]
 JSONL = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+PAIRS = "".join(json.dumps(record) + "\n" for record in (
+    {"prompt": "2+2?", "chosen": "4", "rejected": "<think>a</think>5"},
+    {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+     "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c", "weight": 0.5}]},
+    {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"},
+     "rejected": {"from": "gpt", "value": "c"}, "system": "s", "tools": [{"name": "f"}]},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {"prompt": "a", "completion": "b", "label": True}, {"question": "a", "answer": "b"},
+)).encode()
 SETTINGS = [
     b"load_model: model.pth\ndata_file: data\npeft: lora\nmicro_bsz: 4\nlr_init: 1e-4\n"
     b"peft_config: {r: 8, lora_alpha: 16}\n",
@@ -150,6 +162,18 @@ def read_jsonl(folder):
     for start, end in blocks(path, 256):
         tokenise_block(path, start, end, "bytes", "text", with_voices=True)
     JsonlSource(path, Utf8Tokenizer())
+
+
+def read_preferences(folder):
+    path, refused = folder / "pairs.jsonl", []
+    source = JsonlPairs(str(path), load_tokenizer("bytes"), unpaired=True, refuse=refused.append)
+    rows = PairRows(source, 24, seed=0, shuffle=True, answers=3)
+    for index in range(len(rows)):
+        assert len(rows.row(index).input_ids) == rows.lengths[index]
+    rows.report().render()
+    prompts = PromptSource(str(path), read_records(path, skip_bad=True), load_tokenizer("bytes"), refuse=refused.append)
+    for index in range(len(prompts)):
+        prompts.read(index)
 
 
 def convert_jsonl(folder):
@@ -303,6 +327,7 @@ def kinds(base):
             m.JSON_WORDS,
         ),
         "jsonl": Kind(16, [{"data.jsonl": JSONL}], ["data.jsonl"], read_jsonl, m.JSON_WORDS),
+        "pairs": Kind(4, [{"pairs.jsonl": PAIRS}], ["pairs.jsonl"], read_preferences, m.JSON_WORDS),
         "convert": Kind(3, [{"data.jsonl": JSONL}], ["data.jsonl"], convert_jsonl, m.JSON_WORDS),
         "yaml": Kind(8, [{"config.yaml": text} for text in SETTINGS], ["config.yaml"], read_settings, m.YAML_WORDS),
         "profile": Kind(
