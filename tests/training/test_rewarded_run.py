@@ -75,6 +75,17 @@ def test_a_run_resumed_between_steps_with_the_same_answers_ends_as_if_it_had_not
     assert not all(torch.equal(other[name], tensor) for name, tensor in expected.items())
 
 
+def test_micro_batches_train_like_one_batch(folder):
+    flags = ("--policy_steps", "2", "--kl_beta", "0.1", "--epoch_count", "1")
+    assert train(folder, *flags, "--micro_bsz", "4", "--epoch_steps", "4") == 0
+    assert train(folder, *flags, "--epoch_steps", "8", "--accumulate_grad_batches", "2", run="parts") == 0
+    whole, parts = (load_tensors(folder / run / "rwkv-0.pth") for run in ("run", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+    logged = [sorted((line["place"], line["answer"]) for line in lines(folder, run)) for run in ("run", "parts")]
+    assert logged[0] == logged[1]
+
+
 def test_answers_that_no_resume_point_needs_are_deleted(folder):
     assert train(folder, "--policy_steps", "2", "--save_steps", "2") == 0
     left = sorted(path.name.split("-")[1] for path in (folder / "run" / "rollouts").glob("*.json"))
