@@ -88,7 +88,7 @@ def _read_file(path: Path) -> list[tuple[int, Rollout]]:
         record = json.loads(path.read_text(encoding="utf-8"))
         rollouts = [Rollout(**rollout) for rollout in record["rollouts"]]
         return list(zip(record["places"], rollouts, strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as reason:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as reason:
         raise UserError(f"{path}, the answers that this step learns from, cannot be read", found=reason,
                         fix="delete it: the prompts are answered anew, by the model as it is now") from reason
 
