@@ -57,20 +57,21 @@ def add_up(model: Rwkv, batches: Iterable[TokenBatch], *, chunk: int | None = No
     return loss, tokens
 
 
-def add_up_own(model: Rwkv, batches: Iterable[Any], objective: Objective) -> dict[str, float]:
-    """What an objective that is not of single tokens finds: sums of its loss and its figures, each batch counted by its
-    weight, and the sum of those, as "loss", by the figures' names, and as "weight"."""
+def add_up_own(model: Rwkv, batches: Iterable[Any], objective: Objective, whole: Tensor) -> dict[str, float]:
+    """What an objective that is not of single tokens finds: its loss and its figures, as "loss" and by their names.
+
+    Args:
+        whole: the step weight of all that is evaluated, by all devices. What the devices find adds up to the figures of
+            one batch of everything, however it is cut into batches.
+    """
     device = model.emb.weight.device
-    sums = dict.fromkeys(("loss", *objective.metric_names, "weight"), 0.0)
+    normaliser = whole.where(whole > 0, 1.0).to(device, torch.float32)
+    sums = dict.fromkeys(("loss", *objective.metric_names), 0.0)
     for batch in batches:
         with torch.no_grad():
-            loss = objective(model, batch.on(device))
-        weight = loss.tokens.item()
-        if weight:
-            found = {"loss": loss.total, **loss.metrics}
-            for name, value in found.items():
-                sums[name] += value.item() * weight
-        sums["weight"] += weight
+            loss = objective(model, batch.on(device), normaliser)
+        for name, value in {"loss": loss.total, **loss.metrics}.items():
+            sums[name] += value.item()
     return sums
 
 

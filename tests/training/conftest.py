@@ -40,6 +40,10 @@ class Rows:
     def __len__(self):
         return len(self.rows)
 
+    @property
+    def pass_rows(self):
+        return len(self)
+
     def sample(self, position):
         return self.rows[position % len(self.rows)]
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rwkvpeft.atomic import writing
 from rwkvpeft.config.groups import EvaluationConfig
+from rwkvpeft.data.collate import collator_of
 from rwkvpeft.data.datamodule import evaluation_batches
 from rwkvpeft.data.prompts import Prompt
 from rwkvpeft.data.read_watch import waited
@@ -94,6 +95,7 @@ class Watching(pl.Callback):
         self._checkpoints = checkpoints
         self._report = report
         self._files: list[LineFile] = []
+        self._held_out_weight: Tensor | None = None
         records = read_records(folder / VAL_DATA, last_step=step) if step else []
         self.history = History([EvaluationRecord.from_line(line) for line in records])
 
@@ -191,11 +193,18 @@ class Watching(pl.Callback):
         if dataset is None or not self._watched.is_own:
             return self._loss(trainer, module, model, dataset), None
         mine = self._batches(trainer, module, dataset)
-        found = module.sharing.run(trainer, lambda: add_up_own(model, mine, module.objective))
-        sums = dict(zip(found, _over_devices(trainer, model, list(found.values())), strict=True))
-        weight = sums.pop("weight")
-        means = {name: value / max(weight, 1e-9) for name, value in sums.items()}
+        whole = self._weight_of(dataset)
+        found = module.sharing.run(trainer, lambda: add_up_own(model, mine, module.objective, whole))
+        means = dict(zip(found, _over_devices(trainer, model, list(found.values())), strict=True))
         return means.pop("loss"), means
+
+    def _weight_of(self, dataset: RowDataset) -> Tensor:
+        """The step weight of all held-out rows together."""
+        if self._held_out_weight is None:
+            collator = collator_of(dataset)
+            weight = sum(collator.weigh([dataset.row(index)]) for index in range(len(dataset)))
+            self._held_out_weight = torch.as_tensor(weight, dtype=torch.float64)
+        return self._held_out_weight
 
     def _batches(self, trainer: pl.Trainer, module: RwkvModule, dataset: RowDataset) -> Iterator[Any]:
         batches = evaluation_batches(

@@ -18,6 +18,7 @@ from rwkvpeft.config.groups import (
 from rwkvpeft.config.objective import PREFERENCES, ObjectiveConfig
 from rwkvpeft.objectives.base import Provided
 from rwkvpeft.objectives.build import build_objective
+from rwkvpeft.objectives.evaluation import add_up_own
 
 LENGTHS = ((4, 3, 5, 2), (1, 2, 9, 3), (7, 1, 4, 6), (2, 8, 2, 1))
 # of KTO the third answers: its estimate is of what is read at once, and no sum over micro-batches
@@ -54,6 +55,19 @@ def test_micro_batches_of_one_step_add_up(name, pairs, model_with):
     # and a batch alone is divided by what it has itself
     own = outcome(objective, model, made.batch())
     torch.testing.assert_close(own, whole, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_held_out_figures_are_those_of_one_batch_of_everything(name, pairs, model_with):
+    model, adapter = model_with("x070")
+    objective = built(name, adapter, sft_share=0.5)
+    made = pairs.drawn(WITHOUT_THIRD if name == "kto" else LENGTHS)
+    whole = torch.tensor([8.0 if name == "kto" else 4.0, 14.0])
+    expected = outcome(objective, model, made.batch(), whole)
+    for size in (1, 2, 3):
+        batches = [made.part(*range(start, min(start + size, 4))).batch() for start in range(0, 4, size)]
+        for key, value in add_up_own(model, batches, objective, whole).items():
+            assert value == pytest.approx(expected[key].item(), rel=1e-9, abs=1e-11), key
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
