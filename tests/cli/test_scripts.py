@@ -74,7 +74,7 @@ def resolved(words):
 
 def test_every_script_of_a_method_is_tested_here():
     others = {"pretrain.sh", "quickstart.sh", "setup.sh", "method.sh", "preference.sh", "test.sh"}
-    tested = {*TRAIN, *MERGE, *PREFERENCES, "run_grpo.sh", *others}
+    tested = {*TRAIN, *MERGE, *PREFERENCES, "run_grpo.sh", "run_distill.sh", *others}
     assert {path.name for path in (ROOT / "scripts").glob("*.sh")} == tested
 
 
@@ -117,6 +117,14 @@ def test_the_scripts_of_preferences_take_the_weights_of_their_terms(command_line
     assert (dpo.objective, dpo.beta, dpo.sft_share) == ("kto", 0.3, 0.2)
     orpo = resolved(command_line("run_orpo.sh", orpo_alpha="0.4", sft_share="0.5")).objective
     assert (orpo.beta, orpo.sft_share) == (0.4, 0.5)
+
+
+def test_the_script_of_distillation_teaches_a_new_small_model_what_was_stored(command_line):
+    config = resolved(command_line("run_distill.sh", teacher="t.pth", alpha="0.7", temperature="3"))
+    assert config.objective.objective == "distill"
+    settings = config.distillation
+    assert (settings.teacher, settings.distill_alpha, settings.distill_temperature) == ("out/teacher", 0.7, 3)
+    assert (config.model.load_model, config.model.n_layer, config.model.n_embd) == ("", 2, 64)
 
 
 def test_the_script_of_rewards_judges_held_out_problems(command_line, tmp_path):
