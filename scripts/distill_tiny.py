@@ -40,7 +40,7 @@ ROWS = 4
 TOP_K = 32
 CHOSEN_WITH = 100
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
-MIXES = ((0.5, 1.0), (0.9, 1.0), (1.0, 1.0), (0.9, 2.0))
+MIXES = ((0.5, 1.0), (0.9, 1.0), (0.9, 2.0))
 
 
 class Run(NamedTuple):
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "distillation")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "distill-tiny")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 4 rows of 256 bytes")
-    parser.add_argument("--seeds", type=int, default=4, help="of the v7 student; half as many of the v6 one")
+    parser.add_argument("--seeds", type=int, default=3, help="of the v7 student; one less of the v6 one")
     arguments = parser.parse_args()
     work = prepare(arguments.work.resolve(), arguments.steps)
 
@@ -94,7 +94,7 @@ def main() -> int:
     print(f"chosen: --lr_init {rate:g}, --distill_alpha {alpha:g}, --distill_temperature {temperature:g}", flush=True)
     curves = {
         run: curve(work, run, "report")
-        for version, seeds in (("x070", arguments.seeds), ("x060", arguments.seeds // 2))
+        for version, seeds in (("x070", arguments.seeds), ("x060", arguments.seeds - 1))
         for seed in range(seeds)
         for run in (Run(version, seed, rate), Run(version, seed, rate, alpha, temperature))
     }
@@ -163,12 +163,13 @@ def train_once(work: Work, run: Run, held_out: Path, project: Path) -> None:
                   "--distill_temperature", run.temperature]  # fmt: skip
     with (project / "said.txt").open("w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = train([str(word) for word in words])
-    if code:
+    # a run that is asked to stop ends well, too early
+    if code or points(project)[-1].step != work.steps:
         raise SystemExit(f"{run.name} failed: see {project / 'said.txt'}")
 
 
 def write_initial_weights(path: Path, run: Run) -> Path:
-    """Untrained weights: an eighth of the teacher's parameters or fewer."""
+    """Untrained weights: a fifth of the teacher's parameters or fewer."""
     torch.manual_seed(run.seed)
     shape = new_shape(run.version, n_layer=2, n_embd=64, vocab_size=256, head_size=32)
     save_tensors(path, find(MODELS, run.version, flag="").initial_weights(shape))
