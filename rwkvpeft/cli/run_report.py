@@ -19,6 +19,7 @@ from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.training.callbacks.lines import read_records
 from rwkvpeft.training.callbacks.watching import SAMPLES, VAL_DATA
 from rwkvpeft.training.fault_log import FAULTS
+from rwkvpeft.training.step_record import SHOWN_FIGURES
 from rwkvpeft.training.suspects import shortened
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("rwkvpeft", "torch", "pytorch-lightning", "numpy", "triton", "bitsandbytes", "peft", "fla-core")
 _MOST_ROWS = 24
-# of an objective's further figures of held-out data
-_METRICS = ("accuracy", "margin", "reward", "answer_tokens")
 _GIB = 2**30
 _NO_PICTURES = "Pictures of the curves need matplotlib: `pip install 'rwkvpeft[plot]'`."
 
@@ -133,11 +132,11 @@ def _evaluations(evaluations: list[dict[str, Any]], config: TrainConfig) -> list
             _number(line["val_loss"]),
             _number(line["perplexity"], 2),
             _number(line["general_loss"]),
-            *(_number(line.get("metrics", {}).get(name)) for name in _METRICS),
+            *(_number(line.get("metrics", {}).get(name)) for name in SHOWN_FIGURES),
         )
         for line in shown
     ]
-    names = ("step", "held-out loss", "perplexity", "general loss", *_METRICS)
+    names = ("step", "held-out loss", "perplexity", "general loss", *SHOWN_FIGURES)
     kept = [column for column in range(len(names)) if any(row[column] for row in rows)]
     lines = ["## Evaluations", "", *_table([names[i] for i in kept], [[row[i] for i in kept] for row in rows])]
     if width > 1:

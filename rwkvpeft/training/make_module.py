@@ -76,9 +76,9 @@ def make_guard(
     """What looks at every step of a run."""
     chunk = config.long_context.chunk_ctx if config.long_context.infctx else None
     suspects = Suspects(model, data, sharing, chunk=chunk, seed=config.runtime.random_seed)
-    return StepGuard(
-        progress, skip=config.faults.skip_broken, spike=config.faults.spike, suspects=suspects, log=faults
-    )
+    # a policy gradient's loss is about 0 whatever is learned: how far it lies above others says nothing
+    spike = 0.0 if config.objective.objective == "grpo" else config.faults.spike
+    return StepGuard(progress, skip=config.faults.skip_broken, spike=spike, suspects=suspects, log=faults)
 
 
 def _graphs(config: TrainConfig, model: Rwkv, report: Callable[[str], None]) -> Graphs | None:

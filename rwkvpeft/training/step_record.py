@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+SHOWN_FIGURES = ("accuracy", "margin", "reward", "answer_tokens")
+"""Of an objective's further figures those that people are shown; the others are in the files alone."""
+
 
 @dataclass(frozen=True)
 class StepRecord:

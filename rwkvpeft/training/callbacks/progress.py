@@ -12,11 +12,9 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 
 from rwkvpeft.training.module import RwkvModule
-from rwkvpeft.training.step_record import StepRecord
+from rwkvpeft.training.step_record import SHOWN_FIGURES, StepRecord
 
 _LINE_SECONDS = 5.0
-# of an objective's further figures
-_SHOWN = ("accuracy", "margin", "reward", "answer_tokens")
 
 
 class Progress(pl.Callback):
@@ -63,7 +61,7 @@ class Progress(pl.Callback):
 
     def _figures(self, record: StepRecord) -> str:
         loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
-        shown = [f"{name} {record.metrics[name]:.3g}" for name in _SHOWN if name in record.metrics]
+        shown = [f"{name} {record.metrics[name]:.3g}" for name in SHOWN_FIGURES if name in record.metrics]
         loss = ", ".join([loss, *shown])
         return f"loss {loss}, lr {record.lr:.3g}, {self._tokens_per_second():,.0f} tokens/s"
 

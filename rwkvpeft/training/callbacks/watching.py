@@ -30,7 +30,7 @@ from rwkvpeft.training.history import EvaluationRecord, History
 from rwkvpeft.training.module import RwkvModule
 from rwkvpeft.training.optimizers.schedule_free import averaged
 from rwkvpeft.training.resting import at_rest
-from rwkvpeft.training.step_record import StepRecord
+from rwkvpeft.training.step_record import SHOWN_FIGURES, StepRecord
 
 VAL_DATA = "val_data.jsonl"
 SAMPLES = "samples.jsonl"
@@ -288,7 +288,7 @@ def _line(found: EvaluationRecord, history: History) -> str:
     if found.val_loss is not None:
         more = f"perplexity {math.exp(min(found.val_loss, 700.0)):.2f}"
         if found.metrics is not None:
-            more = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+            more = ", ".join(f"{name} {found.metrics[name]:.4g}" for name in SHOWN_FIGURES if name in found.metrics)
         parts.append(f"held-out loss {found.val_loss:.4f}, {more}")
         best = history.best
         if found.step and best is not None:
