@@ -19,6 +19,7 @@ from rwkvpeft.checkpoints.files import fingerprint
 from rwkvpeft.config.data_files import data_files
 from rwkvpeft.config.groups import DataConfig, TrainConfig
 from rwkvpeft.config.splitting_batches import other_noise
+from rwkvpeft.data.label_index import INDEX
 from rwkvpeft.errors import UserError
 from rwkvpeft.models.recompute import draws_random_numbers
 from rwkvpeft.training.module import RunPlan
@@ -59,7 +60,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "quant_head": recipe.quant_head,
         "train_parts": recipe.train_parts,
         **asdict(config.objective),
-        **asdict(config.distillation) | {"teacher": _stamp(Path(config.distillation.teacher))},
+        **asdict(config.distillation) | {"teacher": _teacher_stamp(Path(config.distillation.teacher))},
         **asdict(config.rewards),
         "adapter": _stamp(Path(config.method.adapter)),
         **{name: getattr(config.method, name) for name in ("dropout", "label_smoothing", "neftune_alpha")},
@@ -164,6 +165,11 @@ def _mask_stamps(data: DataConfig) -> list[str]:
         return []
     masks = (Path(f"{part.path}.mask") for part in (data_files(data.data_file) if data.data_file else ()))
     return [_stamp(mask) for mask in masks if mask.is_file()]
+
+
+def _teacher_stamp(teacher: Path) -> str:
+    """That of a model, or of the index of its labels, which names what made them."""
+    return _stamp(teacher / INDEX if teacher.is_dir() else teacher)
 
 
 def _stamp(path: Path) -> str:

@@ -104,3 +104,16 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(train, request, tmp_path,
     assert "going on from" in out + err
     found = torch.load(result, weights_only=True)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_does_not_go_on_with_labels_of_another_teacher(train, labels, tmp_path):
+    folder = tmp_path / "labels"
+    shutil.copytree(labels, folder)
+    flags = ["--objective", "distill", "--teacher", folder, "--epoch_steps", "2", "--save_steps", "1"]
+    assert train(*flags)[0] == 0
+    shutil.rmtree(tmp_path / "out" / "resume" / "step-00000002")
+    index = folder / "index.json"
+    index.write_text(index.read_text().replace('"teacher.pth"', '"another.pth"'))
+    code, _, err = train(*flags)
+    assert code == 2
+    assert "teacher" in err
