@@ -79,7 +79,7 @@ CASES = (
     Case("orpo", 3e-3, flags=("--beta", "1"), steps=200),
     Case("simpo", 2e-3, flags=("--beta", "10")),
     Case("kto", 2e-3),
-    Case("dpo", 1.0, "state", {}),
+    Case("dpo", 3.0, "state", {}, steps=320),
     Case("dpo", 1e-3, "none", {}),
     Case("ipo", 2e-3),
     Case("wpo", 2e-3),
