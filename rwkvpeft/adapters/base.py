@@ -48,6 +48,7 @@ class Adapter(ABC):
     def __init__(self, config: Any = None, train_parts: Iterable[str] = ()) -> None:
         self.config = self.Config() if config is None else config
         self.parts = TrainedParts(train_parts)
+        self._is_off = False
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], train_parts: Iterable[str] = ()) -> Adapter:
@@ -147,13 +148,18 @@ class Adapter(ABC):
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block the model computes what it did before ``attach``, trained parts included."""
+        """Inside the block the model computes what it did before ``attach``, trained parts included. Blocks nest."""
+        if self._is_off:
+            yield
+            return
+        self._is_off = True
         self.switch(model, on=False)
         with self.parts.restored(model):
             try:
                 yield
             finally:
                 self.switch(model, on=True)
+                self._is_off = False
 
     @abstractmethod
     def switch(self, model: nn.Module, *, on: bool) -> None:

@@ -92,6 +92,19 @@ def test_disabled_gives_the_base_model_and_then_the_adapter_again(model, adapter
     assert (tuned - base).abs().max() > 1e-3
 
 
+def test_an_adapter_that_is_disabled_can_be_disabled_again_and_loses_nothing(model, adapter):
+    ids = tokens()
+    base, _ = model.eval()(ids)
+    adapter.attach(model)
+    disturb(adapter, model)
+    tuned, _ = model(ids)
+    with adapter.disabled(model):
+        with adapter.disabled(model):
+            torch.testing.assert_close(model(ids)[0], base, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(ids)[0], base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(ids)[0], tuned, rtol=0, atol=0)
+
+
 def test_loading_gives_the_logits_that_were_saved(model, adapter):
     adapter.attach(model.eval())
     disturb(adapter, model)
