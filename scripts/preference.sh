@@ -34,7 +34,7 @@ train_preference() {
         --n_layer "$n_layer" --n_embd "$n_embd" \
         --ctx_len "$ctx_len" --micro_bsz "$micro_bsz" \
         --epoch_steps "$epoch_steps" --epoch_count "$epoch_count" --epoch_begin 0 --epoch_save "$epoch_save" \
-        --lr_init "${lr_init:-5e-3}" --lr_final "${lr_final:-5e-4}" --warmup_steps 10 \
+        --lr_init "${lr_init:-2e-3}" --lr_final "${lr_final:-2e-4}" --warmup_steps 10 \
         --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 \
         --accelerator "$accelerator" --devices 1 --precision "$precision" --strategy "$strategy" --grad_cp 1 \
         --my_testing "x070" \
