@@ -1,4 +1,4 @@
-"""Held-out accuracy of every preference objective while it trains: figures and picture of docs/preferences.md.
+"""Held-out accuracy of preference objectives while they train: figures and picture of docs/preferences.md.
 
     python scripts/preference_curves.py                          run all cases, write the three files in docs/
     python scripts/preference_curves.py --only dpo,kto           some cases, print alone
@@ -82,8 +82,6 @@ CASES = (
     Case("dpo", 3.0, "state", {}, steps=320),
     Case("dpo", 1e-3, "none", {}),
     Case("ipo", 2e-3),
-    Case("wpo", 2e-3),
-    Case("cpo", 2e-3),
 )
 
 
