@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/method.sh"
 
 val_data_file=${val_data_file:-}
 peft=${peft:-lora}
-# peft=state lr_init=1 lr_final=0.1 tunes nothing but the states
+# peft=state lr_init=3 lr_final=0.3 epoch_count=8 tunes nothing but the states
 if [[ $peft == lora ]]; then
     peft_config=${peft_config:-'{"r":32,"lora_alpha":32,"lora_dropout":0.0}'}
 fi
