@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from rwkvpeft.atomic import write_whole
 from rwkvpeft.data.source import TokenSource
-from rwkvpeft.data.tensor_file import Layout, TensorFile, size_of_layout, write_arrays
+from rwkvpeft.data.tensor_file import Layout, TensorFile, holds, write_arrays
 from rwkvpeft.errors import UserError
 from rwkvpeft.reading import LARGEST_RECORD_BYTES, read_text
 
@@ -93,10 +94,21 @@ class LabelIndex:
         return sum(layout.bytes for layout in self.layouts(1).values())
 
     def has_shard(self, folder: Path, shard: int) -> bool:
-        """Whether a shard is there, as long as it has to be."""
+        """Whether a shard is there, and whole."""
+        return holds(self.shard_path(folder, shard), self.shard_layouts(shard))
+
+    def shard_layouts(self, shard: int) -> dict[str, Layout]:
+        """The arrays of one shard."""
         start, stop = self.shard_range(shard)
-        path = self.shard_path(folder, shard)
-        return path.is_file() and path.stat().st_size == size_of_layout(self.layouts(stop - start))
+        return self.layouts(stop - start)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a folder can hold such labels."""
+        counts = (self.vocab_size, self.top_k, self.documents, self.tokens, self.places, self.shard_places)
+        known = all(type(value) is float and 0 < value < math.inf for value in self.temperatures)
+        return (min(counts) >= 1 and self.ctx_len >= 0 and self.top_k <= self.vocab_size
+                and self.dtype in DTYPES and bool(self.temperatures) and known)
 
 
 def places_of(sizes: NDArray[np.integer], ctx_len: int) -> NDArray[np.int64]:
@@ -124,8 +136,7 @@ def fingerprint_of(sources: Sequence[TokenSource]) -> str:
 
 def write_index(folder: Path, index: LabelIndex, sizes: NDArray[np.int32]) -> None:
     """Write what tells about the labels, before the first of them. Raises: NotWrittenError."""
-    layout = {"sizes": Layout("I32", (len(sizes),))}
-    write_arrays(folder / _DOCUMENTS, layout, {"sizes": sizes})
+    write_arrays(folder / _DOCUMENTS, _layouts_of_sizes(len(sizes)), {"sizes": sizes})
     text = json.dumps({"format": _FORMAT, **asdict(index)}, indent=1)
     write_whole(folder / INDEX, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -142,15 +153,25 @@ def read_index(folder: Path) -> LabelIndex:
         index = LabelIndex(**{**found, "temperatures": tuple(found["temperatures"])})
         kinds = {field.name: type(getattr(index, field.name)).__name__ for field in fields(index)}
         whole = all(kinds[field.name] == str(field.type).partition("[")[0] for field in fields(index))
-        if not whole or index.dtype not in DTYPES or index.shard_places < 1 or not index.temperatures:
+        if not whole or not index.is_possible:
             raise ValueError("values")
-    except (ValueError, TypeError, KeyError, AttributeError) as reason:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as reason:
         raise UserError(f"{folder / INDEX} is not an index of a teacher's labels", found=str(reason),
                         fix="labels that python -m rwkvpeft.teacher of this version wrote") from reason
     return index
 
 
 def read_sizes(folder: Path, index: LabelIndex) -> NDArray[np.int32]:
-    """Tokens of each document. Raises: UserError as ``TensorFile``."""
-    sizes: NDArray[np.int32] = TensorFile(folder / _DOCUMENTS).read("sizes", 0, index.documents)
+    """Tokens of each document. Raises: UserError as ``TensorFile``, and if they are not those of the index."""
+    file = TensorFile(folder / _DOCUMENTS, _layouts_of_sizes(index.documents))
+    sizes: NDArray[np.int32] = file.read("sizes", 0, index.documents)
+    found = int(sizes.sum(dtype=np.int64)), int(places_of(sizes, index.ctx_len)[-1])
+    if found != (index.tokens, index.places) or int(sizes.min()) < 0:
+        raise UserError(f"{folder / _DOCUMENTS} and {INDEX} are not of the same labels",
+                        found=f"{found[0]} tokens in {found[1]} places",
+                        expected=f"{index.tokens} tokens in {index.places} places")
     return sizes
+
+
+def _layouts_of_sizes(documents: int) -> dict[str, Layout]:
+    return {"sizes": Layout("I32", (documents,))}

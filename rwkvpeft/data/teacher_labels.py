@@ -50,7 +50,7 @@ class TeacherLabels:
         if missing is not None:
             raise UserError(
                 f"the labels in {folder} are not complete",
-                found=f"shard {missing} of {self.index.shards} is missing or cut short",
+                found=f"shard {missing} of {self.index.shards} is missing or not whole",
                 fix="the same command python -m rwkvpeft.teacher once more, which goes on where it was stopped",
             )
         if temperature not in self.index.temperatures:
@@ -130,6 +130,8 @@ class TeacherLabels:
         logprobs -= file.read_row("normalisers", self._row, first, stop)[:, None]
         tail = file.read_row("tails", self._row, first, stop)
         found[IDS][:] = file.read("ids", first, stop)[:, :k]
+        if found[IDS].min() < 0 or found[IDS].max() >= self.index.vocab_size:
+            raise UserError(f"{file.path} holds a token that the teacher does not know", fix="labels made anew")
         found[LOGPROBS][:] = logprobs[:, :k]
         left_out = logprobs[:, k:]
         found[TAIL][:] = np.logaddexp(tail, np.logaddexp.reduce(left_out, axis=1)) if left_out.size else tail
@@ -138,7 +140,8 @@ class TeacherLabels:
         if shard not in self._open:
             while len(self._open) >= _OPEN_SHARDS:
                 self._open.popitem(last=False)
-            self._open[shard] = TensorFile(self.index.shard_path(self.folder, shard))
+            path, layouts = self.index.shard_path(self.folder, shard), self.index.shard_layouts(shard)
+            self._open[shard] = TensorFile(path, layouts)
         self._open.move_to_end(shard)
         return self._open[shard]
 

@@ -31,7 +31,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     # numpy has no such numbers: their bits
     _BF16: np.dtype("<u2"),
 }
-_LARGEST_HEADER = 1 << 20
 _ALIGNED = 8
 
 
@@ -75,29 +74,34 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-class TensorFile:
-    """A file of arrays, of which parts are read; it stays open.
+def holds(path: Path, layouts: Mapping[str, Layout]) -> bool:
+    """Whether a file is there, is as long as it has to be, and says of itself that it holds these arrays."""
+    if not path.is_file() or path.stat().st_size != size_of_layout(layouts):
+        return False
+    expected = _header(layouts)
+    with open_file(path) as file:
+        return file.read(len(expected)) == expected
 
-    Raises: UserError if the file cannot be opened or is not of the format.
+
+class TensorFile:
+    """A file of arrays that ``write_arrays`` wrote, of which parts are read; it stays open.
+
+    What the file says of itself is compared and not used: no place or size is taken from it.
+
+    Raises: UserError if the file cannot be opened or holds other arrays.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, layouts: Mapping[str, Layout]) -> None:
         self.path = path
-        with open_file(path) as file:
-            length = int.from_bytes(file.read(_ALIGNED), "little")
-            header = file.read(min(length, _LARGEST_HEADER))
-            try:
-                found = json.loads(header)
-                self._places = {
-                    name: (Layout(entry["dtype"], tuple(entry["shape"])), _ALIGNED + length + entry["data_offsets"][0])
-                    for name, entry in found.items() if name != "__metadata__"
-                }  # fmt: skip
-                end = max(place + layout.bytes for layout, place in self._places.values())
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as reason:
-                raise UserError(f"{path} is not a safetensors file",
-                                found=f"{len(header)} bytes of a header of {length}",
-                                fix="is the file complete?") from reason
-        self._content = FileArray(path, np.dtype(np.uint8), end)
+        place, self._places = len(_header(layouts)), {}
+        for name, layout in layouts.items():
+            self._places[name] = layout, place
+            place += layout.bytes
+        if path.is_file() and not holds(path, layouts):
+            expected = ", ".join(f"{name} {layout.dtype} {layout.shape}" for name, layout in layouts.items())
+            raise UserError(f"{path} does not hold what it should, or is cut short",
+                            found=f"{path.stat().st_size} bytes", expected=f"{place} bytes: {expected}")
+        self._content = FileArray(path, np.dtype(np.uint8), place)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Entries ``start`` to ``stop`` - 1 of an array along its first axis, bf16 as fp32.

@@ -15,6 +15,7 @@ from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.dataset import open_dataset, open_source, open_split
 from rwkvpeft.data.loader import BatchPlan, TrainLoader, evaluation_batches
 from rwkvpeft.data.teacher_labels import TeacherLabels, with_labels
+from rwkvpeft.data.tensor_file import TensorFile, write_arrays
 from rwkvpeft.errors import UserError
 from rwkvpeft.generation.labelling import LabelSettings, begin, index_of, write_labels
 from rwkvpeft.models.shape import new_shape
@@ -255,6 +256,33 @@ def test_an_index_that_is_none_is_refused(teacher, tmp_path, broken):
     (folder / "index.json").write_text(broken)
     with pytest.raises(UserError, match="not an index"):
         TeacherLabels(folder, top_k=5, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("places", -5), ("places", 0), ("top_k", 0), ("temperatures", ["a"]), ("temperatures", [0.0]), ("ctx_len", -3),
+     ("documents", -1), ("documents", 10**15), ("shard_places", 10**20), ("tokens", 10**12), ("dtype", "bf16"), ("dtype", "fp16"),
+     ("vocab_size", 70_000)],
+)  # fmt: skip
+def test_an_index_that_does_not_fit_its_files_is_refused(teacher, tmp_path, name, value):
+    folder = labels_of(teacher, tmp_path / "labels", data_of(tmp_path))
+    path = folder / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError):
+        TeacherLabels(folder, top_k=5, temperature=1.0)
+
+
+def test_a_shard_with_tokens_that_no_vocabulary_has_is_refused(teacher, tmp_path):
+    config = data_of(tmp_path)
+    folder = labels_of(teacher, tmp_path / "labels", config)
+    labels = TeacherLabels(folder, top_k=5, temperature=1.0)
+    path, layouts = labels.index.shard_path(folder, 0), labels.index.shard_layouts(0)
+    file = TensorFile(path, layouts)
+    arrays = {name: file.read(name, 0, layout.shape[0]).copy() for name, layout in layouts.items()}
+    arrays["ids"][:] = 65_535
+    write_arrays(path, layouts, arrays)
+    with pytest.raises(UserError, match="does not know"):
+        with_labels(open_rows(config), labels).row(0)
 
 
 def test_a_folder_without_labels_is_refused(tmp_path):

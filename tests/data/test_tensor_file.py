@@ -11,6 +11,7 @@ from rwkvpeft.data.tensor_file import (
     Layout,
     TensorFile,
     empty_arrays,
+    holds,
     size_of_layout,
     to_bf16,
     write_arrays,
@@ -37,7 +38,7 @@ def written(tmp_path):
 
 def test_parts_are_read_as_they_were_written(written):
     path, values = written
-    file = TensorFile(path)
+    file = TensorFile(path, LAYOUTS)
     np.testing.assert_array_equal(file.read("ids", 1, 4), values["ids"][1:4])
     np.testing.assert_array_equal(file.read("half", 0, 5), values["half"])
     np.testing.assert_array_equal(file.read_row("tails", 1, 2, 5), values["tails"][1, 2:5])
@@ -63,19 +64,30 @@ def test_empty_arrays_fit_their_layouts():
     assert all(made[name].shape == layout.shape for name, layout in LAYOUTS.items())
 
 
+@pytest.mark.parametrize("place", [0, 9, -1])
+def test_a_file_that_says_something_else_of_itself_is_refused(written, place):
+    path, content = written[0], bytearray(written[0].read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[place % header] ^= 1
+    path.write_bytes(content)
+    assert not holds(path, LAYOUTS)
+    with pytest.raises(UserError, match="does not hold what it should"):
+        TensorFile(path, LAYOUTS)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\x00" * 40, b"\xff" * 40, b"\x02" + b"\0" * 7 + b"{}", b"\x02" + b"\0" * 7 + b"[]"]
 )
 def test_a_file_of_another_format_is_refused(tmp_path, content):
     path = tmp_path / "b.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a safetensors file"):
-        TensorFile(path)
+    with pytest.raises(UserError, match="does not hold what it should"):
+        TensorFile(path, LAYOUTS)
 
 
 def test_a_file_that_is_cut_short_is_noticed(written):
     path = written[0]
-    file = TensorFile(path)
+    file = TensorFile(path, LAYOUTS)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(FileChanged):
         file.read("brief", 4, 5)
