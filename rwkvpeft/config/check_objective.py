@@ -162,8 +162,8 @@ def _check_distillation(config: TrainConfig, findings: Findings) -> None:
                    fix="--teacher MODEL.pth, or --teacher FOLDER that python -m rwkvpeft.teacher wrote")
     findings.check(0 <= distillation.distill_alpha <= 1, "--distill_alpha is out of range",
                    found=distillation.distill_alpha, expected="0 to 1")
-    findings.check(distillation.distill_temperature > 0, "--distill_temperature must be above 0",
-                   found=distillation.distill_temperature)
+    findings.check(1e-6 <= distillation.distill_temperature <= 1e6, "--distill_temperature must be above 0",
+                   found=distillation.distill_temperature, expected="1e-6 to 1e6")
     findings.check(distillation.distill_top_k >= 0, "--distill_top_k is too small", found=distillation.distill_top_k,
                    expected="0 or more")
     findings.check(not config.runtime.cuda_graph, "--objective distill cannot be recorded as a CUDA graph: a batch "
@@ -178,8 +178,8 @@ def _check_rewards(config: TrainConfig, findings: Findings) -> None:
                         ("policy_steps", 1)):
         value = getattr(rewards, name)
         findings.check(value >= least, f"--{name} is too small", found=value, expected=f"{least} or more")
-    findings.check(rewards.answer_temperature > 0, "--answer_temperature must be above 0: answers are to differ",
-                   found=rewards.answer_temperature)
+    findings.check(1e-6 <= rewards.answer_temperature <= 1e6, "--answer_temperature must be above 0: answers are to "
+                   "differ", found=rewards.answer_temperature, expected="1e-6 to 1e6")
     findings.check(0 < rewards.answer_top_p <= 1, "--answer_top_p is out of range", found=rewards.answer_top_p,
                    expected="above 0, up to 1")
     findings.check(rewards.clip_low < 1, "--clip_low is out of range", found=rewards.clip_low,

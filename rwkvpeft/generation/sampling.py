@@ -20,6 +20,8 @@ from rwkvpeft.errors import UserError
 _FEW = 256
 """Most often the nucleus has fewer tokens; to find these takes a small part of the time of sorting all."""
 _SEED_BITS = 31
+# in 32 bits logits stay finite numbers, and different ones, when they are divided by these, and less these
+_LEAST, _MOST = 1e-6, 1e6
 _DRAW_BITS = 48
 
 
@@ -43,9 +45,12 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (self.temperature >= 0, "0 or more"),
+            "temperature": (self.temperature == 0 or _LEAST <= self.temperature <= _MOST,
+                            f"0, or {_LEAST:g} to {_MOST:g}"),
             "top_p": (0 <= self.top_p <= 1, "0 to 1"),
             "top_k": (self.top_k >= 0, "0 or more"),
+            "presence_penalty": (-_MOST <= self.presence_penalty <= _MOST, f"{-_MOST:g} to {_MOST:g}"),
+            "frequency_penalty": (-_MOST <= self.frequency_penalty <= _MOST, f"{-_MOST:g} to {_MOST:g}"),
             "penalty_decay": (0 <= self.penalty_decay <= 1, "0 to 1"),
         }
         for name, (fits, expected) in ranges.items():

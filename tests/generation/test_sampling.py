@@ -50,8 +50,18 @@ def test_top_k_keeps_at_most_so_many():
     assert set(draws(500, top_k=99)) >= {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": 1e-46}, {"temperature": float("inf")}, {"presence_penalty": float("nan")},
+     {"frequency_penalty": float("-inf")}],
+)  # fmt: skip
+def test_settings_under_which_logits_are_no_numbers_are_refused(setting):
+    with pytest.raises(UserError, match="out of range"):
+        SamplingConfig(**setting)
+
+
 def test_a_very_low_temperature_does_not_underflow():
-    assert set(draws(50, temperature=0.01)) == {0}
+    assert set(draws(50, temperature=0.01)) == set(draws(50, temperature=1e-6)) == {0}
 
 
 def test_a_seed_gives_the_same_tokens_again():
