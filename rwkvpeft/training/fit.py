@@ -119,7 +119,9 @@ def fit(
     if config.objective.objective == "grpo":
         callbacks.append(rollouts)
         if provided.folder is not None and (steps := config.rewards.policy_steps) > 1:
-            callbacks.append(KeptRolloutFiles(provided.folder, resume_folder(config.output), steps))
+            elsewhere = None if point is None or point.is_of(config.output) else point.path.parent.parent
+            earlier = None if elsewhere is None else elsewhere / provided.folder.name
+            callbacks.append(KeptRolloutFiles(provided.folder, resume_folder(config.output), steps, earlier))
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
         callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send, say))

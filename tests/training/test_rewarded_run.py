@@ -75,6 +75,15 @@ def test_a_run_resumed_between_steps_with_the_same_answers_ends_as_if_it_had_not
     assert not all(torch.equal(other[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_run_that_goes_on_from_another_folder_takes_its_answers_over(folder):
+    flags = ("--policy_steps", "3", "--save_steps", "1", "--epoch_steps", "6")
+    assert train(folder, *flags) == 0
+    point = folder / "run" / "resume" / "step-00000005"
+    assert train(folder, *flags, "--resume", str(point), run="other") == 0
+    one, other = (load_tensors(folder / run / "rwkv-0.pth") for run in ("run", "other"))
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
 def test_micro_batches_train_like_one_batch(folder):
     flags = ("--policy_steps", "2", "--kl_beta", "0.1", "--epoch_count", "1")
     assert train(folder, *flags, "--micro_bsz", "4", "--epoch_steps", "4") == 0
