@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 from array import array
@@ -61,6 +62,16 @@ class PairSource(RecordSource):
         require_end(tokenizer)
         self.name = name
         self._take(_blocks_of(records, tokenizer, unpaired), tokenizer, refuse)
+
+    def prompt(self, record: int) -> bytes:
+        """Tells the prompt of a record from others: a hash of the tokens in front of its first answer."""
+        answer = next(answer for start, answer, stop in self.parts[record].tolist() if stop > start)
+        return hashlib.blake2b(self.read(record, answer).tobytes(), digest_size=16).digest()
+
+    def kin(self) -> NDArray[np.int64]:
+        """See ``TokenSource``: records with the same prompt, else a held-out prompt would be one that was trained."""
+        numbers: dict[bytes, int] = {}
+        return np.array([numbers.setdefault(self.prompt(record), record) for record in range(len(self))], np.int64)
 
     def _take(self, blocks: Iterable[PairBlock], tokenizer: Tokenizer, refuse: Refuse | None) -> None:
         stream, table, codes = empty_stream(tokenizer), VoiceTable(), bytearray()

@@ -6,7 +6,6 @@ Letters: A answers to a prompt, T tokens.
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -213,7 +212,7 @@ class PairRows(DocumentDataset):
         order that has another prompt."""
         n = len(self)
         order = permute_many(np.arange(n, dtype=np.int64), n, _PARTNER_KEY) if n else np.empty(0, dtype=np.int64)
-        prompts = [self._prompt(index) for index in range(n)]
+        prompts = [self._pairs.prompt(record) for record in self.records.tolist()]
         partners = np.full((n, 2), -1, dtype=np.int64)
         for place, index in enumerate(order.tolist()):
             later = (int(order[(place + step) % n]) for step in range(1, min(_TRIES, n)))
@@ -222,10 +221,6 @@ class PairRows(DocumentDataset):
                 there = [number for number in range(PAIR) if self._counts.scored[other, number]]
                 partners[index] = other, there[mix(_PARTNER_KEY, index) % len(there)]
         return partners
-
-    def _prompt(self, index: int) -> bytes:
-        tokens = self._pairs.read(int(self.records[index]))[: self._before(index).answer]
-        return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
     def _with_partners(self) -> NDArray[np.int64]:
         """(len, 1 + A) inputs of the shared part and of each answer."""

@@ -50,6 +50,10 @@ class TokenSource:
         start = int(self.starts[index])
         return self.stream[start : start + min(int(self.sizes[index]), most)]
 
+    def kin(self) -> npt.NDArray[np.int64] | None:
+        """(len,) which documents belong on one side of a split: those with the same number; None for each alone."""
+        return None
+
     def label(self, index: int) -> str:
         """What people find document ``index`` by."""
         return f"{self.name}, document {index}"

@@ -85,9 +85,11 @@ class DocumentsOf(TokenSource):
 def split_source(source: TokenSource, share: float, seed: int) -> tuple[DocumentsOf, DocumentsOf]:
     """Part a source's documents into those to train on and those held out; no document is in both.
 
+    Documents of one kin stay together, so that a few more may be held out than were asked for.
+
     Args:
         share: below 1 the share of the documents that is held out, otherwise their number.
-        seed: of the choice, which depends on nothing else but the number of documents.
+        seed: of the choice, which depends on nothing else but the number of documents and their kin.
     Raises: UserError if one of the two would be empty.
     """
     n = len(source)
@@ -99,13 +101,30 @@ def split_source(source: TokenSource, share: float, seed: int) -> tuple[Document
             expected="at least one document on either side",
             fix="--val_data_file with held-out data" if n < 2 else f"--val_split 1 to {n - 1}, or a share below 1",
         )
-    key = mix(seed, n)
-    is_held_out = np.zeros(n, dtype=bool)
-    is_held_out[permute_many(np.arange(n_held_out), n, key)] = True
+    is_held_out = _held_out(source.kin(), n, n_held_out, mix(seed, n))
+    if is_held_out.all():
+        raise UserError(
+            f"--val_split {share:g} leaves nothing of {source.name}: records with one prompt stay together",
+            found=f"{n} records",
+            fix="fewer held out, or --val_data_file with held-out data",
+        )
     return (
         DocumentsOf(source, np.flatnonzero(~is_held_out), f"what is not held out of {source.name}"),
         DocumentsOf(source, np.flatnonzero(is_held_out), f"what is held out of {source.name}"),
     )
+
+
+def _held_out(kin: NDArray[np.int64] | None, n: int, count: int, key: int) -> NDArray[np.bool_]:
+    """(n,) which documents are held out: so many in a fixed order, and their kin; no more kin than are needed."""
+    chosen = np.zeros(n, dtype=bool)
+    if kin is None:
+        chosen[permute_many(np.arange(count), n, key)] = True
+        return chosen
+    ordered = kin[permute_many(np.arange(n), n, key)]
+    found, first, sizes = np.unique(ordered, return_index=True, return_counts=True)
+    in_order = np.argsort(first)
+    needed = int(np.searchsorted(np.cumsum(sizes[in_order]), count)) + 1
+    return np.isin(kin, found[in_order[:needed]])
 
 
 def without_copies(source: TokenSource, held_out: Sequence[TokenSource]) -> TokenSource:

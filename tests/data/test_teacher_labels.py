@@ -261,7 +261,7 @@ def test_an_index_that_is_none_is_refused(teacher, tmp_path, broken):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("places", -5), ("places", 0), ("top_k", 0), ("temperatures", ["a"]), ("temperatures", [0.0]), ("ctx_len", -3),
-     ("documents", -1), ("documents", 10**15), ("shard_places", 10**20), ("tokens", 10**12), ("dtype", "bf16"), ("dtype", "fp16"),
+     ("documents", -1), ("documents", 10**15), ("shard_places", 10**20), ("tokens", 10**12), ("dtype", "bf16"),
      ("vocab_size", 70_000)],
 )  # fmt: skip
 def test_an_index_that_does_not_fit_its_files_is_refused(teacher, tmp_path, name, value):
