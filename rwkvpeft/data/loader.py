@@ -19,6 +19,7 @@ from rwkvpeft.config.groups import DataConfig
 from rwkvpeft.data.batches import TokenBatch
 from rwkvpeft.data.buckets import Buckets
 from rwkvpeft.data.collate import TokenCollator, Weight, collator_of
+from rwkvpeft.data.pair_batches import PairCollator, preferred
 from rwkvpeft.data.read_watch import waited
 from rwkvpeft.data.row import Row, apart
 from rwkvpeft.data.rows import DocumentDataset, RowDataset
@@ -126,9 +127,13 @@ class TrainLoader:
         return [label for position in self._places(batches) for label in self._steps.labels(position)]
 
     def documents(self, batches: range) -> Iterator[tuple[str, TokenBatch]]:
-        """The documents of these batches, those of all ranks: what people find each by, and a batch of it alone."""
+        """The documents of these batches, those of all ranks: what people find each by, and a batch of it alone. Of a
+        pair it is the prompt with the chosen answer."""
         for position in self._places(batches):
             row = self._steps.draw(position)
+            if isinstance(self._steps.collator, PairCollator):
+                # its answers lie side by side: read like that they would know nothing of the prompt
+                row = preferred(row)
             labels = self._steps.labels(position)
             if row.lengths is None or len(labels) > 1:
                 collator = TokenCollator("alone")

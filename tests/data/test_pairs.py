@@ -354,10 +354,16 @@ def test_labels_are_lines(file):
     assert TrainLoader(dataset, BatchPlan(2, 3), 0, 3).labels(range(1, 2)) == [f"{file}:3", f"{file}:4"]
 
 
-def test_the_documents_of_a_step_can_be_worked_through_alone(file):
-    found = list(TrainLoader(opened(file, 3, data_shuffle=0), BatchPlan(2, 3), 0, 3).documents(range(1)))
+@pytest.mark.parametrize("answers", [2, 3])
+def test_a_pair_of_a_step_that_is_looked_at_alone_is_its_prompt_with_the_chosen_answer(file, answers):
+    dataset = opened(file, answers, data_shuffle=0)
+    found = list(TrainLoader(dataset, BatchPlan(2, 3), 0, 3).documents(range(1)))
     assert [label for label, _ in found] == [f"{file}:1", f"{file}:2"]
-    assert [len(batch.sequences.lengths) for _, batch in found] == [4, 4]
+    for index, (_, batch) in enumerate(found):
+        tokens, scored = documents(dataset.row(index))[0]
+        assert batch.sequences is None
+        assert batch.input_ids.tolist() == [tokens[:-1]]
+        assert (batch.weights > 0).tolist() == [scored[1:]]
 
 
 def test_csv_as_rwkv_lm_rlhf_writes_it_is_read(tmp_path):
