@@ -113,7 +113,8 @@ class RewardConfig:
     advantage: str = flag(
         "group",
         help="grpo: group: reward less the mean of its group, over its deviation; centred: without the division "
-        "(Dr. GRPO); rloo: less the mean of the others; reinforce++: over mean and deviation of the whole batch",
+        "(Dr. GRPO); rloo: less the mean of the others; reinforce++: over mean and deviation of all answers of a "
+        "device's batch",
         choices=("group", "centred", "rloo", "reinforce++"),
     )
     answer_mean: str = flag(
