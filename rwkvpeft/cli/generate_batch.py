@@ -79,6 +79,8 @@ def generate_batch(flags: argparse.Namespace, sampling: SamplingConfig) -> int:
     from rwkvpeft.generation.answer_file import AnswerFile
 
     is_csv = Path(flags.output).suffix.lower() == ".csv"
+    if Path(flags.output).resolve() == Path(flags.batch).resolve():
+        raise UserError("--output would be written over the questions", found=flags.output, fix="another --output")
     rows = PairRows(is_csv) if flags.rejected else AnswerRows(flags.answer_key, flags.n)
     questions = _questions(flags.batch, rows)
     settings = _settings(flags, sampling, questions)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rwkvpeft.training.history import History
     from rwkvpeft.training.module import RunPlan
 
+# what a row of the data is called
+_READS = {"tokens": "document", "pairs": "record", "prompts": "prompt"}
 _METHODS = {"none": "every weight", "lora": "LoRA", "state": "initial memories"}
 
 
@@ -63,8 +65,9 @@ def _watched_lines(config: TrainConfig, watched: Watched) -> list[str]:
     for name, rows in (("held out", watched.held_out), ("general data", watched.general)):
         if rows is not None:
             found = rows.report()
-            documents = f"{found.documents:,} document{'' if found.documents == 1 else 's'}"
-            lines.append(f"{name}: {documents}, {found.tokens:,} tokens, evaluated {often}")
+            kind = _READS[config.objective.reads]
+            counted = f"{found.documents:,} {kind}{'' if found.documents == 1 else 's'}"
+            lines.append(f"{name}: {counted}, {found.tokens:,} tokens, evaluated {often}")
     return lines
 
 

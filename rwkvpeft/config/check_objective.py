@@ -172,7 +172,8 @@ def _check_distillation(config: TrainConfig, findings: Findings) -> None:
 
 def _check_rewards(config: TrainConfig, findings: Findings) -> None:
     rewards = config.rewards
-    findings.check(bool(rewards.reward), "--objective grpo needs a function that judges answers",
+    looks_only = config.data.check or config.data.preview > 0
+    findings.check(bool(rewards.reward) or looks_only, "--objective grpo needs a function that judges answers",
                    fix="--reward FILE.py:FUNCTION")
     for name, least in (("group_size", 2), ("answer_tokens", 1), ("clip_low", 0), ("clip_high", 0), ("kl_beta", 0),
                         ("policy_steps", 1)):

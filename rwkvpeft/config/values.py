@@ -156,6 +156,6 @@ def _wrong(spec: FlagSpec, found: Any) -> UserError:
 
 
 def _not_offered(spec: FlagSpec, text: str) -> UserError:
-    near = nearest(text, spec.choices)
+    near = nearest(text, spec.choices) or nearest(text.lower(), spec.choices)
     fix = f"{spec.option} {near}" if near else None
     return UserError(f"{spec.option} does not know {text!r}", found=text, expected=list(spec.choices), fix=fix)

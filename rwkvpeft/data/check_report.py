@@ -26,7 +26,8 @@ def render(found: DataCheck) -> str:
     """The counts and the lengths as text; what needs attention stands on lines of its own, bad lines at the end."""
     lengths = found.lengths()
     if not len(lengths):
-        return "\n".join(["data: no document", "error: there is nothing to train on", *_bad_lines(found)])
+        notes = [f"note: {note}" for note in found.notes]
+        return "\n".join(["data: no document", *notes, "error: there is nothing to train on", *_bad_lines(found)])
     tokens = int(lengths.sum(dtype=np.int64))
     lines = [f"data: {_number(len(lengths), 'document')}, {_number(tokens, 'token')}"]
     if not found.are_prompts:

@@ -66,6 +66,9 @@ def read_turns(record: Mapping[str, Any], text_key: str = "text") -> list[Turn]:
     if not found:
         known = LAYOUTS if text_key == "text" else (LAYOUTS[0].replace("text", text_key, 1), *LAYOUTS[1:])
         names = ", ".join(f'"{name}"' for name in record) or "no field"
+        if {"chosen", "rejected"} <= set(record) or {"chosen", "reject"} <= set(record):
+            raise RecordError(f"a pair of answers and no document; found {names}; --objective dpo, or another one for "
+                              "preferences, learns from pairs")
         raise RecordError(f"no document in this record; found {names}; expected one of {', '.join(known)}")
     fields = found[0]
     if len(fields) == 1:
@@ -310,8 +313,8 @@ def question_turn(value: object, field: str) -> Turn:
     text = as_text(value, f'field "{field}"')
     if text.rstrip().endswith(f"{template.ASSISTANT}:"):
         raise RecordError(
-            f'field "{field}" ends in "{template.ASSISTANT}:", which is written by itself; give the question alone, or '
-            'the whole document as "text"'
+            f'field "{field}" ends in "{template.ASSISTANT}:", which is written by itself, as "{template.USER}:" is; '
+            'give the question alone, or the whole document as "text"'
         )
     return Turn(template.USER, text)
 

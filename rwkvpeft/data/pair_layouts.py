@@ -72,7 +72,7 @@ def read_pair(record: Mapping[str, Any], *, unpaired: bool) -> Pair:
         return _paired(record, rejected[0])
     label = next((name for name in _LABELS if name in record), None)
     if label is None or CHOSEN in record or rejected:
-        raise _unknown(record)
+        raise _unknown(record, unpaired=unpaired)
     if not unpaired:
         raise RecordError(f'one answer and its "{label}", which only --objective kto reads')
     return _labelled(record, label)
@@ -82,7 +82,7 @@ def _paired(record: Mapping[str, Any], rejected: str) -> Pair:
     is_asked = any(name in record for name in (*_QUESTIONS, "instruction"))
     answers = {name: _turns(record[name], name, may_be_whole=not is_asked) for name in (CHOSEN, rejected)}
     if not is_asked and not any(map(_is_whole, answers.values())):
-        raise _unknown(record)
+        raise _unknown(record, unpaired=False)
     if any(map(_is_whole, answers.values())):
         pair = _whole(record, answers[CHOSEN], answers[rejected], rejected)
     else:
@@ -189,7 +189,7 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, (str, bool, int))
 
 
-def _unknown(record: Mapping[str, Any]) -> RecordError:
+def _unknown(record: Mapping[str, Any], *, unpaired: bool) -> RecordError:
     """No layout: the nearest one, and what it lacks."""
     names = {"rejected" if name in REJECTED else name for name in record}
     # beside "chosen" and "rejected" a prompt is likelier forgotten than left out on purpose
@@ -197,4 +197,5 @@ def _unknown(record: Mapping[str, Any]) -> RecordError:
     lacking = " and ".join(f'"{name}"' for name in nearest if name not in names)
     found = ", ".join(f'"{name}"' for name in record) or "no field"
     shown = "{" + ", ".join(f'"{name}": ...' for name in nearest) + "}"
-    return RecordError(f"no pair of answers in this record; found {found}; {shown} lacks {lacking}")
+    single = '; a single answer lacks "label", true or false' if unpaired and not {CHOSEN, "rejected"} & names else ""
+    return RecordError(f"no pair of answers in this record; found {found}; {shown} lacks {lacking}{single}")

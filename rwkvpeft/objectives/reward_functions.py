@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +40,17 @@ class RewardFunction(NamedTuple):
         Raises: UserError if the function fails, or gives anything but one finite number for each answer.
         """
         try:
-            found = list(self.function(list(prompts), list(answers), list(records)))
+            given = self.function(list(prompts), list(answers), list(records))
         except UserError:
             raise
         except Exception as reason:
             raise UserError(f"the reward function {self.spec} failed", found=_where(reason),
                             fix="mend the function; the run can then be resumed") from reason
+        try:
+            found = list(given)
+        except TypeError as reason:
+            raise UserError(f"the reward function {self.spec} gave no list of rewards", found=repr(given)[:80],
+                            expected=f"{len(answers)} numbers, one for each answer") from reason
         if len(found) != len(answers):
             raise UserError(f"the reward function {self.spec} gave a wrong number of rewards",
                             found=len(found), expected=f"{len(answers)}, one for each answer")
@@ -72,15 +78,32 @@ def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
         place, colon, rest = spec.rpartition(":")
         attribute, _, weight = rest.partition("=")
         if not (colon and place and attribute.isidentifier()):
-            raise UserError(f"--reward {spec} names no function", expected=_EXPECTED)
+            raise UserError(f"--reward {spec} names no function", expected=_EXPECTED,
+                            fix=f"--reward {spec}:FUNCTION" if spec.endswith(".py") else None)
         function = getattr(_module(place, spec), attribute, None)
         if not callable(function):
             raise UserError(f"--reward {spec}: {place} has no function {attribute}",
-                            found=None if function is None else f"{attribute} is a {type(function).__name__}",
+                            found=None if function is None else f"{attribute} is of type {type(function).__name__}",
                             expected=_EXPECTED)
+        _check_parameters(function, spec)
         name = _name(attribute, [other.name for other in found])
         found.append(RewardFunction(spec, name, _weight(weight, spec), function))
     return found
+
+
+def _check_parameters(function: Callable[..., Any], spec: str) -> None:
+    """Raises: UserError if the function cannot be called with three lists, as those of other trainers cannot."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # some that are written in C do not tell what they take
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError as reason:
+        raise UserError(f"--reward {spec} cannot be called with three lists", found=f"it takes {signature}",
+                        expected="(prompts, answers, records); the other fields of the data stand in the records",
+                        ) from reason
 
 
 def _name(attribute: str, taken: Sequence[str]) -> str:
@@ -126,8 +149,8 @@ def _where(reason: Exception) -> str:
     """The error and the line of the user's code that it came from."""
     text = f"{type(reason).__name__}: {reason}"
     frames = [frame for frame in traceback.extract_tb(reason.__traceback__) if "importlib" not in frame.filename]
-    # the first frame is the call in this file
-    if len(frames) < 2:
+    # the first frame is the call in this file; what cannot be compiled tells its place itself
+    if len(frames) < 2 or isinstance(reason, SyntaxError):
         return text
     last = frames[-1]
     return f"{text}, in {last.name}, {last.filename}:{last.lineno}"

@@ -92,10 +92,15 @@ def check_essentials(point: ResumePoint, essentials: Mapping[str, Any], config: 
         fix = f"{_fitting_split(saved, config)}; {anew}"
     raise UserError(
         f"the run in {point.path.parent} was started with other settings and cannot go on with these",
-        found=", ".join(f"{name} {current.get(name)}" for name in shown),
-        expected=", ".join(f"{name} {saved.get(name)}" for name in shown),
+        found=", ".join(_shown(name, current) for name in shown),
+        expected=", ".join(_shown(name, saved) for name in shown),
         fix=fix,
     )
+
+
+def _shown(name: str, settings: Mapping[str, Any]) -> str:
+    value = settings.get(name)
+    return f"no {name} given" if value is None else f"{name} {value}"
 
 
 def split_of(config: TrainConfig) -> dict[str, Any]:

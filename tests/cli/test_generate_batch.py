@@ -259,6 +259,15 @@ def test_messages_do_not_go_into_csv(run, asked):
     assert f"{asked}:2: " in said
 
 
+def test_the_questions_are_not_written_over(model, asked, capsys):
+    before = asked.read_bytes()
+    assert main(["--model", str(model), "--batch", str(asked), "--output", str(asked)]) == 2
+    told = capsys.readouterr().err
+    assert "would be written over the questions" in told
+    assert "delete" not in told
+    assert asked.read_bytes() == before
+
+
 def test_another_name_for_the_answer_keeps_the_records_own(run, asked):
     asked.write_text('{"question": "a", "answer": "right"}\n')
     row = run("--answer_key", "said")[1][0]

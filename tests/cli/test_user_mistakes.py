@@ -148,6 +148,10 @@ def test_an_unknown_value(mistake):
     assert "--lr_schedule cos" in text
 
 
+def test_a_value_in_capitals(mistake):
+    assert "--objective dpo" in mistake("--objective", "DPO")
+
+
 def test_an_unknown_flag(mistake):
     assert "--lr_init" in mistake("--lr_int", "1e-5")
 

@@ -35,6 +35,12 @@ def test_infinite_context_is_refused_for_rewards_with_the_reason():
     assert "judged as a whole" in refusal("--objective grpo --reward r.py:f --infctx")
 
 
+def test_prompts_can_be_looked_at_without_a_judge():
+    assert "needs a function that judges" in refusal("--objective grpo")
+    assert not settings("--objective grpo --preview 2").rewards.reward
+    assert settings("--objective grpo --check").data.check
+
+
 def test_infinite_context_goes_with_distillation():
     assert settings("--objective distill --teacher t.pth --infctx --chunk_ctx 64").long_context.infctx
 

@@ -69,6 +69,11 @@ def test_a_file_of_bad_lines_alone_holds_nothing(tmp_path):
         assert "2 bad lines" in render(found)
 
 
+def test_a_file_of_identical_answers_alone_says_so(tmp_path):
+    found = check_pairs(write(tmp_path / "in.jsonl", {**PAIR, "rejected": PAIR["chosen"]}), answers=2)
+    assert "chosen and rejected being the same" in render(found)
+
+
 def test_prompts_are_counted_and_those_that_are_too_long_placed(tmp_path):
     config = write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "a" * 40}, {"prompt": "a"}, {"answer": "b"})
     found = check_prompts(config)

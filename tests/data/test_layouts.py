@@ -64,6 +64,8 @@ def test_a_switch_that_is_off_may_stand_on_any_turn():
         ({"prompt": "a", "completion": "b", "response": "c"}, ["two layouts", '"prompt"/"response"']),
         ({"instruction": "a", "output": "b", "response": "c"}, ["two layouts"]),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, ['"history"', "messages"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["a pair of answers and no document", "--objective dpo"]),
+        ({"prompt": "a", "chosen": "b", "reject": "c"}, ["a pair of answers and no document"]),
         ({"prompt": "User: a\n\nAssistant:", "completion": "b"}, ['ends in "Assistant:"']),
         ({"prompt": "a", "completion": None}, ['"completion" must be text', "null"]),
         (chat({"role": "assistant", "content": None}), ["turn 2", "null"]),

@@ -120,6 +120,12 @@ def test_what_is_missing_is_named_by_the_nearest_layout(record, lacking):
     assert lacking in refused(record)
 
 
+def test_a_single_answer_without_its_label_is_told_of_it_where_labels_are_read():
+    record = {"prompt": "a", "completion": "b"}
+    assert 'lacks "label"' in refused(record, unpaired=True)
+    assert '"label"' not in refused(record)
+
+
 @pytest.mark.parametrize(("record", "why"), [
     ({"prompt": "a", "chosen": " ", "rejected": "b"}, 'field "chosen" is an empty answer'),
     ({"prompt": "a", "chosen": "b", "reject": []}, 'field "reject" must be a list of turns that is not empty'),

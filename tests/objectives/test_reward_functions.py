@@ -62,10 +62,11 @@ def test_functions_of_one_name_are_logged_under_two(file):
     ("spec", "told"),
     [
         ("judge", "names no function"),
+        ("judge.py", "--reward judge.py:FUNCTION"),
         ("nowhere.py:length", "no file nowhere.py"),
         ("no_such_package.module:length", "No module named 'no_such_package'"),
         ("{file}:missing", "no function missing"),
-        ("{file}:number", "number is a int"),
+        ("{file}:number", "number is of type int"),
         ("{file}:length=much", "the weight is no number"),
         ("{file}:length=nan", "the weight is no number"),
     ],
@@ -82,13 +83,37 @@ def test_a_file_that_cannot_be_run_is_told_with_its_line(tmp_path):
         load_rewards([f"{path}:length"])
 
 
+def test_a_file_that_is_no_python_is_told_with_its_own_line_alone(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text("def right(:\n")
+    with pytest.raises(UserError, match=r"invalid syntax \(judge.py, line 1\)\n"):
+        load_rewards([f"{path}:right"])
+
+
+@pytest.mark.parametrize("takes", ["completions, **columns", "prompts, completions, *, answer", "a, b, c, d"])
+def test_a_function_that_does_not_take_three_lists_is_told_at_once(tmp_path, takes):
+    path = tmp_path / "judge.py"
+    path.write_text(f"def right({takes}):\n    return []\n")
+    with pytest.raises(UserError, match="cannot be called with three lists") as told:
+        load_rewards([f"{path}:right"])
+    assert f"it takes ({takes})" in told.value.render()
+    assert "(prompts, answers, records)" in told.value.render()
+
+
+def test_a_function_that_does_not_tell_what_it_takes_is_accepted(tmp_path):
+    # max tells no signature
+    path = tmp_path / "builtin.py"
+    path.write_text("right = max\n")
+    assert load_rewards([f"{path}:right"])[0].function is max
+
+
 def test_a_function_that_fails_is_told_with_its_own_line(file):
     with pytest.raises(UserError, match=r"broken failed\n.*KeyError: 'price', in .*judge.py:6") as told:
         judge(f"{file}:broken")
     assert isinstance(told.value.__cause__, KeyError)
 
 
-@pytest.mark.parametrize(("name", "told"), [("short", "wrong number of rewards"), ("nothing", "failed")])
+@pytest.mark.parametrize(("name", "told"), [("short", "wrong number of rewards"), ("nothing", "no list of rewards")])
 def test_a_function_gives_as_many_rewards_as_there_are_answers(file, name, told):
     with pytest.raises(UserError, match=told):
         judge(f"{file}:{name}", ("a", "b", "c"))

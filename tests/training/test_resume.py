@@ -225,6 +225,13 @@ def test_essentials_are_compared_as_they_were_written(tmp_path):
     assert "lr" not in caught.value.found
 
 
+def test_a_setting_that_was_left_to_its_default_is_told_as_not_given(tmp_path):
+    point = point_of(tmp_path, {"beta": None})
+    with pytest.raises(UserError) as caught:
+        check_essentials(point, {"beta": 0.3}, config())
+    assert (caught.value.found, caught.value.expected) == ("beta 0.3", "no beta given")
+
+
 @pytest.mark.parametrize(
     ("asked", "wanted"),
     [
