@@ -151,6 +151,18 @@ def test_the_expected_peak_of_a_step_is_the_measured_one(peft, quant, precision,
     assert need.gradients + need.activations == pytest.approx(measured_step(model, settings), rel=0.06)
 
 
+@pytest.mark.parametrize(("top_k", "told"), [(5, 5), (0, SMALL.vocab_size)])
+def test_what_a_teacher_says_of_a_batch_is_counted(tmp_path, top_k, told):
+    settings = config("lora", micro_bsz=2, ctx_len=256, precision="fp32")
+    taught = replace(
+        settings,
+        objective=replace(settings.objective, objective="distill"),
+        distillation=replace(settings.distillation, teacher=str(tmp_path / "no.pth"), distill_top_k=top_k),
+    )
+    more = expected(SMALL, taught).activations - expected(SMALL, settings).activations
+    assert more == 2 * 256 * (8 * told + 4)
+
+
 @pytest.mark.parametrize("documents", [(3,) * 60, (200, 5, 7, 100)])
 def test_the_expected_peak_of_packed_documents_is_the_measured_one(documents):
     settings = config("lora", micro_bsz=2, ctx_len=256, precision="fp32")

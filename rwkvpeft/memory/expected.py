@@ -28,7 +28,7 @@ from rwkvpeft.memory.outline import (
     without_values,
 )
 from rwkvpeft.memory.sharing import STEP, beside, gradients_at, held, saving
-from rwkvpeft.memory.teacher import teacher_bytes
+from rwkvpeft.memory.teacher import teacher_bytes, words_bytes
 from rwkvpeft.models.backbone import Rwkv
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.objectives.base import Provided
@@ -46,9 +46,9 @@ class Expected(NamedTuple):
 
     ``frozen``: weights and packed weights that are not trained, a teacher's too; ``trained``: trained numbers in fp32;
     ``optimizer``: its moments; ``gradients``: those that exist at that moment; ``activations``: what the forward pass
-    keeps for the backward pass, logits, dequantised weights and all other temporaries at that moment; ``strategy``:
-    what the strategy adds, its own copy of trained weights, buckets of gradients and weights gathered for a moment.
-    ``saving``: on a CPU, what is put together to be written, if that is the worst moment.
+    keeps for the backward pass, a teacher's words, logits, dequantised weights and all other temporaries then;
+    ``strategy``: what the strategy adds, its own copy of trained weights, buckets of gradients and weights gathered for
+    a moment. ``saving``: on a CPU, what is put together to be written, if that is the worst moment.
     Not on the device: ``main_memory``, what each process of an offloading strategy keeps there; ``main_saving``, what
     the first process puts together there to write it.
     """
@@ -110,7 +110,7 @@ def expect(
     saved, on_cpu = saving(counts, moments_each, config), runtime.accelerator == "cpu"
     # on a CPU nothing is gained by moving it to main memory
     kept = resting.copies + (resting.main_memory if on_cpu else 0)
-    teacher = teacher_bytes(config)
+    teacher, words = teacher_bytes(config), words_bytes(config, shape.vocab_size)
 
     def at(phase: str, moment: Moment) -> Expected:
         return Expected(
@@ -118,7 +118,7 @@ def expect(
             trained=resting.trained,
             optimizer=resting.optimizer,
             gradients=gradients_at(moment, phase, counts, runtime),
-            activations=moment.beside,
+            activations=moment.beside + words,
             strategy=kept + beside(phase, counts, runtime),
             # a step may be taken while another is being written
             saving=saved if on_cpu and config.output.save_async else 0,
