@@ -102,6 +102,22 @@ def alone(path: Path, waits: Callable[[], object]) -> Iterator[None]:
         yield
 
 
+def is_alone_with(file: IO[bytes]) -> bool:
+    """Keep other processes of this machine that ask the same out of an open file until it is closed; whether no other
+    has it. Nobody is kept out on Windows, and where files cannot be locked."""
+    if os.name == "nt":
+        return True
+    import fcntl  # not there on Windows
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _lock(file: IO[str], waits: Callable[[], object]) -> None:
     import fcntl  # not there on Windows
 

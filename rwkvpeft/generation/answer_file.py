@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rwkvpeft.atomic import write_whole, writing
+from rwkvpeft.atomic import is_alone_with, write_whole, writing
 from rwkvpeft.errors import UserError
 from rwkvpeft.reading import LARGEST_RECORD_BYTES, open_file, read_whole
 
@@ -27,7 +27,8 @@ class AnswerFile:
     Args:
         settings: what the rows depend on, fit for JSON.
         columns: of a csv file.
-    Raises: UserError if the file was made with other settings, or by something else.
+    Raises: UserError if the file was made with other settings, or by something else; when it is entered also if another
+        process writes it.
     """
 
     def __init__(self, path: Path | str, settings: Mapping[str, Any], columns: Sequence[str]) -> None:
@@ -38,18 +39,26 @@ class AnswerFile:
         self._columns = columns
         self._skipped: list[int] = []
         self._file: BinaryIO | None = None
-        self._end = rows = 0
-        if self.path.exists():
+        self._end = self._size = rows = 0
+        # an empty one may be left of a process that was stopped before it wrote its settings
+        if self.path.exists() and (self.path.stat().st_size or self._beside.exists()):
             self._skipped = _check(self.path, self._settings)
+            self._size = self.path.stat().st_size
             self._end, rows = _complete(self.path, self._is_csv)
         self.next_number = _number_behind(max(rows - self._is_csv, 0), self._skipped)
         """The first number that is still to be dealt with."""
         self._skipped = [number for number in self._skipped if number < self.next_number]
 
     def __enter__(self) -> AnswerFile:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            self._file = self.path.open("r+b")
+        if not is_alone_with(self._file) or self.path.stat().st_size != self._size:
+            self._file.close()
+            raise UserError(f"another process writes {self.path}", fix="wait for it, or another --output")
         self._write_settings()
         with writing(self.path):
-            self._file = self.path.open("r+b" if self.path.exists() else "w+b")
             self._file.truncate(self._end)
             self._file.seek(self._end)
         if self._is_csv and not self._end:

@@ -100,3 +100,22 @@ def test_settings_can_be_read_back(tmp_path):
     assert stored_settings(tmp_path / "a.jsonl") == {}
     write(tmp_path / "a.jsonl", range(1))
     assert stored_settings(tmp_path / "a.jsonl") == SETTINGS
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    first, second, late = (AnswerFile(path, SETTINGS, ()) for _ in range(3))
+    with first:
+        first.write(ROWS[0])
+        with pytest.raises(UserError, match="another process writes"), second:
+            pass
+    with pytest.raises(UserError, match="another process writes"), late:
+        pass
+    assert write(path, range(2)) == 1
+    assert rows(path) == ROWS[:2]
+
+
+def test_an_empty_file_without_settings_is_begun(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    assert write(tmp_path / "a.jsonl", range(2)) == 0
+    assert rows(tmp_path / "a.jsonl") == ROWS[:2]
