@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from rwkvpeft.data.layouts import RecordError
 from rwkvpeft.data.pair_layouts import CHOSEN, REJECTED, read_pair
-from rwkvpeft.data.template import clean_turn
+from rwkvpeft.data.prompt_source import read_prompt
+from rwkvpeft.data.template import Turn, clean_turn, render
 
 PAIR_COLUMNS = ("prompt", CHOSEN, "reject")
 """Of a csv file, as RWKV-LM-RLHF writes and reads it."""
@@ -68,12 +69,22 @@ class PairRows:
         self.same = self.empty = 0
 
     def check(self, record: Mapping[str, Any]) -> None:
-        """Raises: RecordError if the record lacks a chosen answer, or is none that training with pairs reads."""
+        """Raises: RecordError if the record lacks a chosen answer, is none that training with pairs reads, or is
+        trained with another prompt than the one that is asked."""
         if record.get(CHOSEN) is None:
             raise RecordError(f'no field "{CHOSEN}", which --rejected needs beside a prompt')
-        read_pair(_pair(record, _ANYTHING), unpaired=False)
-        if self._is_csv and not (isinstance(record.get("prompt"), str) and isinstance(record[CHOSEN], str)):
+        asked = read_prompt(record).text
+        if _before_answer(_pair(record, _ANYTHING)) != asked:
+            raise RecordError(f'its prompt and what stands before the last turn of "{CHOSEN}" are not the same text, '
+                              "so that the model would answer something else than pairs are trained with")
+        if not self._is_csv:
+            return
+        texts = {name: record.get(name) for name in ("prompt", CHOSEN)}
+        if not all(isinstance(text, str) for text in texts.values()):
             raise RecordError('csv holds a text "prompt" and a text "chosen"; give --output a name that ends in .jsonl')
+        if _before_answer(_pair(texts, _ANYTHING)) != asked:
+            raise RecordError('csv holds "prompt" and "chosen" alone, and the prompt here has more; give --output '
+                              "a name that ends in .jsonl")
 
     def row(self, record: Mapping[str, Any], said: Said) -> dict[str, Any] | None:
         """The row of an answer; None, and counted, if there is no pair."""
@@ -88,6 +99,14 @@ class PairRows:
         if self._is_csv:
             return {"prompt": record["prompt"], CHOSEN: record[CHOSEN], "reject": said.text}
         return _pair(record, said.text)
+
+
+def _before_answer(pair: Mapping[str, Any]) -> str:
+    """What is trained in front of a pair's last turn, with that turn's header."""
+    found = read_pair(pair, unpaired=False)
+    assert found.chosen is not None
+    turns = [*found.prompt, *found.chosen]
+    return "".join(piece.text for piece in render([*turns[:-1], Turn(turns[-1].header, "")]))
 
 
 def _pair(record: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rwkvpeft.checkpoints.adapter import Recipe, save_adapter
 from rwkvpeft.checkpoints.files import save_tensors
 from rwkvpeft.checkpoints.load import load_model
 from rwkvpeft.cli.generate import main
+from rwkvpeft.cli.tuned_model import content_fingerprint
 from rwkvpeft.data.pair_layouts import read_pair
 from rwkvpeft.data.tables import read_table
 from rwkvpeft.models.shape import new_shape
@@ -241,6 +242,12 @@ def test_an_answer_that_is_the_chosen_one_makes_no_pair(run, tmp_path):
         ({"chosen": "b"}, ["--rejected"], '"prompt"'),
         ({"prompt": "a", "chosen": " "}, ["--rejected"], '"chosen"'),
         ({"prompt": "a", "chosen": [{"role": "assistant"}]}, ["--rejected"], '"chosen"'),
+        ({"prompt": "a", "chosen": "b", "raw": True}, ["--rejected"], "something else than pairs are trained with"),
+        (
+            {"prompt": "a", "chosen": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "b"}]},
+            ["--rejected"],
+            "something else than pairs are trained with",
+        ),
     ],
 )
 def test_a_bad_record_gives_one_message_with_its_line_and_no_output(run, asked, tmp_path, record, words, message):
@@ -266,6 +273,23 @@ def test_the_questions_are_not_written_over(model, asked, capsys):
     assert "would be written over the questions" in told
     assert "delete" not in told
     assert asked.read_bytes() == before
+
+
+def test_csv_has_no_place_for_a_system_text(run, tmp_path):
+    path = tmp_path / "with_system.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "system": "Be brief."}) + "\n")
+    code, rows, said = run("--rejected", batch=path, out="pairs.csv")
+    assert (code, rows) == (2, None)
+    assert "has more" in said
+    assert run("--rejected", batch=path, out="pairs.jsonl")[0] == 0
+
+
+def test_a_folder_is_told_by_what_is_in_it(tmp_path):
+    told = []
+    for content in (b"a", b"b", b"a"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        told.append(content_fingerprint(tmp_path))
+    assert told[0] == told[2] != told[1]
 
 
 def test_another_name_for_the_answer_keeps_the_records_own(run, asked):
