@@ -212,7 +212,7 @@ def _settings(
         digest.update(json.dumps([question.text, question.record.value], default=str).encode())
     own = {"batch": f"{Path(flags.batch).name}, {digest.hexdigest()}", "model": _file_name(flags.model),
            "adapter": _file_name(flags.adapter or flags.state)}
-    names = ("tokenizer", "head_size_divisor", "max_tokens", "stop", "n", "answer_key", "rejected")
+    names = ("tokenizer", "head_size_divisor", "precision", "max_tokens", "stop", "n", "answer_key", "rejected")
     settings = {**own, **{name: getattr(flags, name) for name in names}, **asdict(sampling)}
     if sampling.seed < 0:
         settings["seed"] = stored_settings(flags.output).get("seed", new_seed())
@@ -220,12 +220,12 @@ def _settings(
 
 
 def _file_name(path: str | None) -> str | None:
-    """A file's name and what tells it from others of that name; a folder's path."""
-    from rwkvpeft.checkpoints.files import fingerprint
+    """The name of a file or folder and what tells it from others of that name; what is not there is told later."""
+    from rwkvpeft.cli.tuned_model import content_fingerprint
 
-    if path is None or not Path(path).is_file():
+    if path is None or not Path(path).exists():
         return path
-    return f"{Path(path).name}, {fingerprint(path)}"
+    return f"{Path(path).name}, {content_fingerprint(path)}"
 
 
 def _in_order(found: Iterator[tuple[int, Answer]]) -> Iterator[tuple[int, Answer]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkvpeft.cli.guard import guarded
-from rwkvpeft.cli.tuned_model import add_model_flags, load_from_flags
+from rwkvpeft.cli.tuned_model import add_model_flags, content_fingerprint, load_from_flags
 from rwkvpeft.config.check_sources import TEXTS, by_source
 from rwkvpeft.config.data_files import check_data_files, data_files, without_suffix
 from rwkvpeft.config.findings import Findings
@@ -145,17 +145,13 @@ def _sources(data: DataConfig, vocab_size: int) -> list[TokenSource]:
 
 def _fingerprint(flags: argparse.Namespace) -> str:
     """Tells the model, and what is on it, from others. Raises: UserError if a file cannot be read."""
-    from rwkvpeft.checkpoints.files import fingerprint
     from rwkvpeft.checkpoints.quantised import model_fingerprint
 
     found = model_fingerprint(flags.model)
     adapter = flags.adapter or flags.state
     if adapter is None:
         return found
-    path = Path(adapter)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    parts = [found, *(fingerprint(file) for file in files if file.is_file())]
-    return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b((found + content_fingerprint(adapter)).encode(), digest_size=16).hexdigest()
 
 
 class _Pace:

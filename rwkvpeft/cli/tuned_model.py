@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkvpeft.registry import BACKENDS
@@ -46,3 +48,14 @@ def load_from_flags(flags: argparse.Namespace) -> TunedModel:
         tokenizer=flags.tokenizer,
         head_size_divisor=flags.head_size_divisor,
     )
+
+
+def content_fingerprint(path: Path | str) -> str:
+    """Tells a file, or the files of a folder, from others of that name. Raises: UserError if one cannot be read."""
+    from rwkvpeft.checkpoints.files import fingerprint
+
+    path = Path(path)
+    if not path.is_dir():
+        return fingerprint(path)
+    files = sorted(file for file in path.glob("*") if file.is_file())
+    return hashlib.blake2b("".join(map(fingerprint, files)).encode(), digest_size=16).hexdigest()
