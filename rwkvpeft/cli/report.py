@@ -184,6 +184,8 @@ def evaluation_lines(config: TrainConfig, history: History) -> list[str]:
     """What the evaluations say about the run: the base, the best and the last, and what got worse."""
     lines = []
     base, best, newest = history.base, history.best, history.newest
+    # the losses of preferences and rewards are no likelihoods of the data
+    is_likelihood = config.objective.reads == "tokens"
     if best is not None and newest is not None:
         before = "" if base is None else f"base {_nats(base.val_loss)}, "
         lines.append(
@@ -191,10 +193,12 @@ def evaluation_lines(config: TrainConfig, history: History) -> list[str]:
             f"({Path(config.output.proj_dir) / BEST}), last {_nats(newest.val_loss)}"
         )
         if history.is_overfitted:
+            unit = "nats " if is_likelihood else ""
             lines.append(f"note: overfitting since step {best.step}: the last held-out loss is {history.excess:.4f} "
-                         "nats above the best")
+                         f"{unit}above the best")
         if base is not None and base.val_loss is not None and (best.val_loss or 0.0) >= base.val_loss:
-            lines.append("warning: no trained model predicts the held-out data better than the base")
+            better = "predicts the held-out data better than" if is_likelihood else "has a lower held-out loss than"
+            lines.append(f"warning: no trained model {better} the base")
     if history.forgotten() > config.evaluation.general_alarm:
         lines.append(f"warning: the model has forgotten: its loss on {config.evaluation.general_data_file} is "
                      f"{history.forgotten():.4f} nats above the base's")

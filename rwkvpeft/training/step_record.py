@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SHOWN_FIGURES = ("accuracy", "margin", "reward", "answer_tokens")
+SHOWN_FIGURES = ("accuracy", "margin", "reward", "equal_groups", "answer_tokens")
 """Of an objective's further figures those that people are shown; the others are in the files alone."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from rwkvpeft.cli.report import evaluation_lines
 from rwkvpeft.cli.run_report import report_line, write_report
@@ -17,6 +18,7 @@ from rwkvpeft.config.groups import (
     ScheduleConfig,
     TrainConfig,
 )
+from rwkvpeft.config.objective import ObjectiveConfig
 from rwkvpeft.training.fit import FitResult
 from rwkvpeft.training.history import History
 
@@ -71,6 +73,12 @@ def test_a_last_evaluation_above_the_best_is_called_overfitting_with_its_beginni
 def test_a_model_that_never_beats_the_base_is_named(tmp_path):
     lines = evaluation_lines(config_of(tmp_path), history_of(1.0, 2.0))
     assert "no trained model predicts the held-out data better" in lines[-1]
+
+
+def test_the_loss_of_an_objective_that_is_no_likelihood_is_not_called_one(tmp_path):
+    config = replace(config_of(tmp_path), objective=ObjectiveConfig(objective="grpo"))
+    assert "no trained model has a lower held-out loss" in evaluation_lines(config, history_of(1.0, 2.0))[-1]
+    assert "nats" not in evaluation_lines(config, history_of(3.0, 1.5, 1.75))[1]
 
 
 def test_what_was_forgotten_is_named(tmp_path):
