@@ -56,6 +56,9 @@ def _lines(path: Path) -> Iterator[Record]:
             number = 0
             while line := file.readline(LARGEST_LINE_BYTES):
                 number += 1
+                if len(line) >= LARGEST_LINE_BYTES:
+                    raise UserError(f"{path}:{number}: a line of {LARGEST_LINE_BYTES:,} characters or more",
+                                    fix="a question a line; texts with line ends in them go into a .jsonl file")
                 text = line.strip()
                 if text.startswith('{"'):
                     raise UserError(f"{path}:{number}: this looks like JSON", found=text[:80],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkvpeft.data import questions
 from rwkvpeft.data.questions import read_questions
 from rwkvpeft.errors import UserError
 
@@ -97,6 +98,14 @@ def test_a_file_without_questions_is_refused(tmp_path, name, content, words):
         list(read_questions(tmp_path / name))
 
 
+def test_a_line_too_long_to_be_held_is_refused_and_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "LARGEST_LINE_BYTES", 8)
+    (tmp_path / "q.txt").write_text("short\n123456789\n")
+    with pytest.raises(UserError, match=r"q\.txt:2: a line of 8 characters or more"):
+        list(read_questions(tmp_path / "q.txt"))
+
+
+@settings(deadline=None)
 @given(value=st.recursive(st.none() | st.text(max_size=5) | st.integers(),
                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
                               st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)),
