@@ -140,11 +140,17 @@ class PairRows(DocumentDataset):
             cut_endings=int(self._counts.is_cut.sum()),
             empty_rows=all_records - len(self),
             scanned_documents=all_records,
-            notes=self.source.notes,
+            notes=(*self.source.notes, *self._alone()),
             unpaired=self._count_unpaired(),
             shared_tokens=int(self._lengths[:, 0].sum()),
             answer_tokens=int(self._lengths[:, 1 : 1 + PAIR].sum()),
         )
+
+    def _alone(self) -> list[str]:
+        """A note on rows without an answer to another prompt, where there should be one."""
+        alone = 0 if self._partners is None else int((self._partners[:, 0] < 0).sum())
+        told = "nothing to compare with: there is no answer to another prompt"
+        return [f"{alone:,} of {len(self):,} rows have {told}"] if alone else []
 
     def _count_unpaired(self) -> int:
         _, numbers = _whole(self.source)

@@ -179,6 +179,11 @@ def test_the_mismatched_answer_is_that_of_another_prompt_behind_this_one(tokeniz
     assert mismatched == [instruction_tuned(messages, tokenizer) for messages in asked]
 
 
+def test_rows_with_nothing_to_compare_with_are_told():
+    assert "3 of 3 rows" in rows_of(*(pair("a", str(n), "no") for n in range(3)), answers=3).report().render()
+    assert "rows have" not in rows_of(pair("a", "x", "no"), pair("b", "x", "no"), answers=3).report().render()
+
+
 def test_an_answer_to_the_same_prompt_is_not_mismatched():
     dataset = rows_of(*(pair("a", str(n), "no") for n in range(5)), pair("b", "x", "y"), answers=3)
     mismatched = [bytes(documents(dataset.row(index))[2][0][-3:]) for index in range(6)]
