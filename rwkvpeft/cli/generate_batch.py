@@ -215,7 +215,8 @@ def _settings(
     names = ("tokenizer", "head_size_divisor", "precision", "max_tokens", "stop", "n", "answer_key", "rejected")
     settings = {**own, **{name: getattr(flags, name) for name in names}, **asdict(sampling)}
     if sampling.seed < 0:
-        settings["seed"] = stored_settings(flags.output).get("seed", new_seed())
+        stored = stored_settings(flags.output).get("seed")
+        settings["seed"] = stored if type(stored) is int else new_seed()
     return settings
 
 

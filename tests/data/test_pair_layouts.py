@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvpeft.data.layouts import RecordError
@@ -169,6 +169,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(fields, values, max_size=5), st.booleans())
 def test_any_record_is_read_or_refused_in_one_line(record, unpaired):
     refusals = []
@@ -180,6 +181,7 @@ def test_any_record_is_read_or_refused_in_one_line(record, unpaired):
     assert not any("\n" in refusal for refusal in refusals)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(fields, st.sampled_from(["a", "b", [USER], [FOUR], [USER, FOUR], [USER, FIVE], True, FOUR])))
 def test_a_pair_that_is_read_can_be_written_and_has_something_to_score(record):
     try:
