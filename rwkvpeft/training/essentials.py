@@ -60,7 +60,7 @@ def essential_settings(config: TrainConfig, recipe: Recipe, plan: RunPlan) -> di
         "quant_head": recipe.quant_head,
         "train_parts": recipe.train_parts,
         **asdict(config.objective),
-        **asdict(config.distillation) | {"teacher": _teacher_stamp(Path(config.distillation.teacher))},
+        **asdict(config.distillation) | {"teacher": _teacher_stamp(config.distillation.teacher)},
         **asdict(config.rewards),
         "adapter": _stamp(Path(config.method.adapter)),
         **{name: getattr(config.method, name) for name in ("dropout", "label_smoothing", "neftune_alpha")},
@@ -172,9 +172,13 @@ def _mask_stamps(data: DataConfig) -> list[str]:
     return [_stamp(mask) for mask in masks if mask.is_file()]
 
 
-def _teacher_stamp(teacher: Path) -> str:
-    """That of a model, or of the index of its labels, which names what made them."""
-    return _stamp(teacher / INDEX if teacher.is_dir() else teacher)
+def _teacher_stamp(teacher: str) -> str:
+    """That of a model, or of the index of its labels, which names what made them; nothing without a teacher."""
+    if not teacher:
+        # the path without a name is a folder: the one that the run was started in
+        return ""
+    path = Path(teacher)
+    return _stamp(path / INDEX if path.is_dir() else path)
 
 
 def _stamp(path: Path) -> str:

@@ -117,3 +117,11 @@ def test_a_run_does_not_go_on_with_labels_of_another_teacher(train, labels, tmp_
     code, _, err = train(*flags)
     assert code == 2
     assert "teacher" in err
+
+
+def test_a_run_without_a_teacher_does_not_look_for_labels_where_it_was_started(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train("--peft", "lora")[0] == 0
+    (tmp_path / "index.json").write_text("something else")
+    code, _, err = train("--peft", "lora")
+    assert code == 0, err
