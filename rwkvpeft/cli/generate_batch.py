@@ -212,7 +212,7 @@ def _settings(
         digest.update(json.dumps([question.text, question.record.value], default=str).encode())
     own = {"batch": f"{Path(flags.batch).name}, {digest.hexdigest()}", "model": _file_name(flags.model),
            "adapter": _file_name(flags.adapter or flags.state)}
-    names = ("tokenizer", "head_size_divisor", "precision", "max_tokens", "stop", "n", "answer_key", "rejected")
+    names = ("tokenizer", "head_size_divisor", "max_tokens", "stop", "n", "answer_key", "rejected")
     settings = {**own, **{name: getattr(flags, name) for name in names}, **asdict(sampling)}
     if sampling.seed < 0:
         stored = stored_settings(flags.output).get("seed")
