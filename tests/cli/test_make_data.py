@@ -128,7 +128,7 @@ def test_a_document_that_does_not_decode_back_is_refused(folder, capsys, monkeyp
         def encode(self, text):
             return super().encode(text.replace("ü", "u"))
 
-    monkeypatch.setattr("rwkvpeft.data.block._loaded", lambda name: Lossy())
+    monkeypatch.setattr("rwkvpeft.data.block.loaded", lambda name: Lossy())
     write_texts(folder / "in.jsonl", ["one", "", "zwölf", "fünf", "u"])
     assert main(["in.jsonl", "1", "8"]) == 2
     assert "in.jsonl:4: the tokens do not decode" in capsys.readouterr().err
