@@ -18,6 +18,7 @@ from rwkvpeft.checkpoints.adapter import Recipe
 from rwkvpeft.checkpoints.files import fingerprint
 from rwkvpeft.config.data_files import data_files
 from rwkvpeft.config.groups import DataConfig, TrainConfig
+from rwkvpeft.config.objective import DistillationConfig, ObjectiveConfig, RewardConfig
 from rwkvpeft.config.splitting_batches import other_noise
 from rwkvpeft.data.label_index import INDEX
 from rwkvpeft.errors import UserError
@@ -81,7 +82,8 @@ def check_essentials(point: ResumePoint, essentials: Mapping[str, Any], config: 
 
     Raises: UserError naming each that differs, and the flags with which rows of the same number belong together.
     """
-    current, saved = as_written(essentials), point.essentials
+    current = as_written(essentials)
+    saved = {name: value for name, value in _before_objectives().items() if name in current} | dict(point.essentials)
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if not names:
         return
@@ -96,6 +98,11 @@ def check_essentials(point: ResumePoint, essentials: Mapping[str, Any], config: 
         expected=", ".join(_shown(name, saved) for name in shown),
         fix=fix,
     )
+
+
+def _before_objectives() -> dict[str, Any]:
+    """What a run did that began before there were objectives to choose from, and whose point does not tell."""
+    return as_written(asdict(ObjectiveConfig()) | asdict(DistillationConfig()) | asdict(RewardConfig()))
 
 
 def _shown(name: str, settings: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rwkvpeft.config.groups import (
     ScheduleConfig,
     TrainConfig,
 )
+from rwkvpeft.config.objective import ObjectiveConfig, RewardConfig
 from rwkvpeft.errors import UserError
 from rwkvpeft.training.essentials import check_essentials
 from rwkvpeft.training.module import RunProgress
@@ -223,6 +225,13 @@ def test_essentials_are_compared_as_they_were_written(tmp_path):
         check_essentials(point, {"parts": ["a"], "lr": 1e-5}, config())
     assert "parts" in caught.value.found
     assert "lr" not in caught.value.found
+
+
+def test_a_run_that_began_before_there_were_objectives_goes_on(tmp_path):
+    point = point_of(tmp_path, {"lr": 1e-5})
+    check_essentials(point, {"lr": 1e-5, **asdict(ObjectiveConfig()), **asdict(RewardConfig())}, config())
+    with pytest.raises(UserError, match="expected  objective language_modelling"):
+        check_essentials(point, {"lr": 1e-5, "objective": "dpo"}, config())
 
 
 def test_a_setting_that_was_left_to_its_default_is_told_as_not_given(tmp_path):
