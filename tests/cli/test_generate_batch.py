@@ -170,9 +170,10 @@ def test_answers_to_other_questions_are_not_gone_on_with(run, asked):
     assert "batch" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_answers_that_are_gone_on_with(run, model, asked, tmp_path):
     # long enough not to be over before the signal comes, on a machine that has other things to do
-    words = ["--n", "150", "--batch_size", "2", "--max_tokens", "30"]
+    words = ["--n", "80", "--batch_size", "2", "--max_tokens", "30"]
     command = [sys.executable, "-m", "rwkvpeft.generate", "--model", str(model), "--device", "cpu", "--batch",
                str(asked), "--output", str(tmp_path / "out.jsonl"), "--seed", "5", "--top_p", "1", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
