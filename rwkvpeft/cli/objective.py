@@ -11,11 +11,13 @@ from pytorch_lightning import Callback
 
 from rwkvpeft.cli.prepare import Opened
 from rwkvpeft.config.groups import TrainConfig
-from rwkvpeft.config.reference import compares_with_start
-from rwkvpeft.data.pair_files import Pairs
+from rwkvpeft.config.reference import SPLITS_WEIGHTS, compares_with_start
+from rwkvpeft.data.pair_files import MixedPairs, Pairs
+from rwkvpeft.data.pairs import PairRows
 from rwkvpeft.data.prompt_rows import MixedPrompts, PromptRows, record_of
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
+from rwkvpeft.errors import UserError
 from rwkvpeft.generation.batched import Request, decode
 from rwkvpeft.generation.chat import STOP
 from rwkvpeft.generation.sampling import SamplingConfig
@@ -46,7 +48,11 @@ def provide(
 
     Args:
         program: what works on the loss's rows of logits.
+    Raises: UserError for pairs that the strategy cannot read.
     """
+    for found in (rows, held_out):
+        if isinstance(found, PairRows | MixedPairs):
+            _check_shared(config, found)
     if config.objective.objective == "grpo":
         return _for_rewards(config, [rows] if held_out is None else [rows, held_out], program)
     return Provided(rows=program, teacher=load_teacher(config, local_device(config.runtime)))
@@ -69,6 +75,18 @@ def keeps_reference(
     if config.output.resume not in ("auto", "none"):
         folders += [Path(config.output.resume).parent, Path(config.output.resume).parent.parent]
     return [KeepReference(rows, folders, stamp, micro_bsz=config.schedule.micro_bsz, report=report)]
+
+
+def _check_shared(config: TrainConfig, pairs: Pairs) -> None:
+    """Where weights are split every process must ask for them as often as the others, once more for what is shared."""
+    parts = pairs.pairs if isinstance(pairs, MixedPairs) else [pairs]
+    alone = [part.label(index) for part in parts for index in part.sharing_nothing()]
+    if alone and config.runtime.strategy in SPLITS_WEIGHTS and config.runtime.devices * config.runtime.num_nodes > 1:
+        raise UserError(
+            f"{len(alone)} pairs have answers that share no beginning, which split weights do not allow",
+            found=", ".join(alone[:3]), expected="a prompt that both answers go on from",
+            fix=f"--strategy ddp instead of {config.runtime.strategy}, or leave these pairs out",
+        )
 
 
 def _for_rewards(config: TrainConfig, data: Sequence[RowDataset], program: RowChoice | RowProgram) -> Provided:

@@ -110,6 +110,11 @@ class PairRows(DocumentDataset):
         chosen, rejected = self._pairs.parts[record].tolist()
         return Part(*chosen), Part(*rejected)
 
+    def sharing_nothing(self) -> list[int]:
+        """The rows whose answers do not begin alike."""
+        shared: list[int] = np.flatnonzero(self._lengths[:, 0] == 0).tolist()
+        return shared
+
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See ``DocumentDataset``."""
         return sample_indices(positions, len(self), self.seed, self.shuffle)

@@ -103,6 +103,7 @@ def test_answers_may_share_nothing():
     rejected = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "y"}]
     row = rows_of({"chosen": chosen, "rejected": rejected}).row(0)
     assert row.lengths[0] == 0
+    assert rows_of(pair("q", "a", "b"), {"chosen": chosen, "rejected": rejected}).sharing_nothing() == [1]
     assert documents(row) == [instruction_tuned(turns, "bytes") for turns in (chosen, rejected)]
 
 
