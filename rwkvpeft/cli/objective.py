@@ -13,8 +13,7 @@ from rwkvpeft.cli.prepare import Opened
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.config.reference import SPLITS_WEIGHTS, compares_with_start
 from rwkvpeft.data.pair_files import MixedPairs, Pairs
-from rwkvpeft.data.pairs import PairRows
-from rwkvpeft.data.prompt_rows import MixedPrompts, PromptRows, record_of
+from rwkvpeft.data.prompt_rows import Prompts, record_of
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
 from rwkvpeft.errors import UserError
@@ -51,7 +50,7 @@ def provide(
     Raises: UserError for pairs that the strategy cannot read.
     """
     for found in (rows, held_out):
-        if isinstance(found, PairRows | MixedPairs):
+        if isinstance(found, Pairs):
             _check_shared(config, found)
     if config.objective.objective == "grpo":
         return _for_rewards(config, [rows] if held_out is None else [rows, held_out], program)
@@ -90,7 +89,7 @@ def _check_shared(config: TrainConfig, pairs: Pairs) -> None:
 
 
 def _for_rewards(config: TrainConfig, data: Sequence[RowDataset], program: RowChoice | RowProgram) -> Provided:
-    prompts = [rows for rows in data if isinstance(rows, PromptRows | MixedPrompts)]
+    prompts = [rows for rows in data if isinstance(rows, Prompts)]
     tokenizer = data_tokenizer(config.data)
     stop = StopTexts(tokenizer, (*STOP, *config.rewards.answer_stop))
     return Provided(

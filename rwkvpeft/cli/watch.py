@@ -10,7 +10,7 @@ from rwkvpeft.config.check_evaluation import general_data, other_data
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.dataset import open_stream
 from rwkvpeft.data.openings import open_rows, open_rows_split
-from rwkvpeft.data.prompt_rows import MixedPrompts, PromptRows
+from rwkvpeft.data.prompt_rows import Prompts
 from rwkvpeft.data.prompts import Prompt, held_out_prompts, read_prompts
 from rwkvpeft.data.rows import RowDataset
 from rwkvpeft.data.text import data_tokenizer
@@ -39,7 +39,7 @@ def open_training_data(config: TrainConfig, vocab_size: int) -> tuple[RowDataset
     if not evaluation.val_data_file:
         return dataset, None
     # rewards tell the records of both by their numbers
-    behind = dataset.numbers.stop if isinstance(dataset, PromptRows | MixedPrompts) else 0
+    behind = dataset.numbers.stop if isinstance(dataset, Prompts) else 0
     return dataset, open_rows(config, other_data(config.data, evaluation.val_data_file), vocab_size, behind)
 
 

@@ -117,11 +117,7 @@ def fit(
     metrics = Metrics(config.output, asdict(config), say, lambda: watching.history.newest)
     callbacks: list[pl.Callback] = [watching, metrics, Progress(say), saving, DataFiles(data.dataset, say)]
     if config.objective.objective == "grpo":
-        callbacks.append(rollouts)
-        if provided.folder is not None and (steps := config.rewards.policy_steps) > 1:
-            elsewhere = None if point is None or point.is_of(config.output) else point.path.parent.parent
-            earlier = None if elsewhere is None else elsewhere / provided.folder.name
-            callbacks.append(KeptRolloutFiles(provided.folder, resume_folder(config.output), steps, earlier))
+        callbacks += [rollouts, *_kept_rollouts(config, provided.folder, point)]
     if config.evaluation.log_parts:
         folder = Path(config.output.proj_dir)
         callbacks.insert(2, PartStatistics(folder, config.evaluation.log_parts, metrics.send, say))
@@ -232,6 +228,15 @@ def _saving(
         report=report,
         asked_to_stop=asked_to_stop,
     )
+
+
+def _kept_rollouts(config: TrainConfig, folder: Path | None, point: ResumePoint | None) -> list[pl.Callback]:
+    """What looks after answers that several steps learn from, if they do."""
+    steps = config.rewards.policy_steps
+    if folder is None or steps == 1:
+        return []
+    earlier = None if point is None or point.is_of(config.output) else point.path.parent.parent / folder.name
+    return [KeptRolloutFiles(folder, resume_folder(config.output), steps, earlier)]
 
 
 def _freeze_unread(model: Rwkv) -> None:
