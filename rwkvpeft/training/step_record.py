@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_SMALLEST_SHOWN = 5e-5
+
 SHOWN_FIGURES = ("accuracy", "margin", "reward", "equal_groups", "answer_tokens")
 """Of an objective's further figures those that people are shown; the others are in the files alone."""
 
@@ -32,3 +34,8 @@ class StepRecord:
     def is_left_out(self) -> bool:
         """Whether the optimizer did not take the step."""
         return self.loss is None or self.grad_norm is None
+
+
+def loss_text(loss: float) -> str:
+    """A loss for people: four decimals, or its size where these would all be 0."""
+    return f"{loss:.4f}" if loss == 0 or abs(loss) >= _SMALLEST_SHOWN else f"{loss:.1e}"

@@ -12,7 +12,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.training.callbacks.metrics import draw_loss, start_wandb
 from rwkvpeft.training.callbacks.progress import Progress
 from rwkvpeft.training.module import RunPlan, RunProgress, RwkvModule
-from rwkvpeft.training.step_record import StepRecord
+from rwkvpeft.training.step_record import StepRecord, loss_text
 
 
 def record(step):
@@ -103,3 +103,10 @@ def test_each_step_tells_the_most_memory_so_far(train, tmp_path):
     memory = [line["memory"] for line in lines]
     assert memory == sorted(memory)
     assert memory[0] > 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"), [(1.23456, "1.2346"), (0.0, "0.0000"), (7.84e-9, "7.8e-09"), (-2e-8, "-2.0e-08")]
+)
+def test_a_loss_is_shown_with_its_size_where_its_decimals_would_all_be_0(loss, text):
+    assert loss_text(loss) == text

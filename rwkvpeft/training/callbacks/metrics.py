@@ -23,7 +23,7 @@ from rwkvpeft.errors import UserError
 from rwkvpeft.training.callbacks.lines import LineFile, keep_lines, read_records
 from rwkvpeft.training.history import EvaluationRecord
 from rwkvpeft.training.module import RunProgress, RwkvModule
-from rwkvpeft.training.step_record import StepRecord
+from rwkvpeft.training.step_record import StepRecord, loss_text
 
 _MOST_POINTS = 2000
 
@@ -113,7 +113,7 @@ class Metrics(pl.Callback):
         line = f"{record.epoch} {loss:.6f} {perplexity:.4f} {record.lr:.8f} {now} {record.epoch}{held_out}\n"
         self._epochs.write(line)
         more = "" if record.metrics else f", perplexity {perplexity:.2f}"
-        self._report(f"mini-epoch {record.epoch} done: loss {loss:.4f}{more}")
+        self._report(f"mini-epoch {record.epoch} done: loss {loss_text(loss)}{more}")
         self._draw()
 
     def _draw(self) -> None:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 
 from rwkvpeft.training.module import RwkvModule
-from rwkvpeft.training.step_record import SHOWN_FIGURES, StepRecord
+from rwkvpeft.training.step_record import SHOWN_FIGURES, StepRecord, loss_text
 
 _LINE_SECONDS = 5.0
 
@@ -60,7 +60,7 @@ class Progress(pl.Callback):
             self._report(self._line(record, pl_module.plan.total_steps))
 
     def _figures(self, record: StepRecord) -> str:
-        loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
+        loss = "not finite" if record.loss is None else loss_text(record.loss)
         shown = [f"{name} {record.metrics[name]:.3g}" for name in SHOWN_FIGURES if name in record.metrics]
         loss = ", ".join([loss, *shown])
         return f"loss {loss}, lr {record.lr:.3g}, {self._tokens_per_second():,.0f} tokens/s"
