@@ -284,6 +284,8 @@ class FirstHeart(Heart):
         if rank not in self._lines:
             self._lines[rank] = line
             self._members[rank] = Member(rank)
+            # at once: a first process that dies before its next beat has a name already
+            line.send(self._message() | {"verdict": None})
         self._hear(self._members[rank], message)
 
     def _judge(self, now: float) -> None:
