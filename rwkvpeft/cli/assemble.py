@@ -222,6 +222,9 @@ def check_whole_rows(base: Base, config: TrainConfig) -> None:
         base.shape.check_recurrent("--infctx")
     if config.evaluation.sample_prompts:
         base.shape.check_recurrent("answering --sample_prompts")
+    if config.objective.reads != "tokens":
+        # answers go on from the state of their prompt
+        base.shape.check_recurrent(f"--objective {config.objective.objective}")
 
 
 def check_fits(base: Base, config: TrainConfig) -> None:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.batches import DistillationBatch, TokenBatch
 from rwkvpeft.errors import UserError
-from rwkvpeft.models.layers import Linear
 from rwkvpeft.models.shape import ModelShape
 from rwkvpeft.models.state import RecurrentState
 from rwkvpeft.objectives.base import Loss, Objective, Provided
+from rwkvpeft.objectives.head import plain_weight
 from rwkvpeft.objectives.language_modelling import document_lengths
 from rwkvpeft.objectives.long_context import in_chunks
 from rwkvpeft.objectives.teaching import Teacher
 from rwkvpeft.ops.distillation import head_distillation, linear_distillation
 from rwkvpeft.ops.divergence import DivergenceKind, Mix, Told
-from rwkvpeft.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ class Distillation:
         head, copies = model.head, None
         if getattr(model, "head_q", None) is not None:
             copies = model.copies(hidden, batch.input_ids, state, batch.sequences)
-        if isinstance(head, Linear | QuantizedLinear) and copies is None:
-            weight = head.weight if isinstance(head, Linear) else head.dequantized(hidden.dtype)
+        weight = plain_weight(head, hidden.dtype) if copies is None else None
+        if weight is not None:
             found = linear_distillation(hidden, weight, batch.labels, batch.weights, told, **settings)
         else:
             beside = None if copies is None else copies.add

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkvpeft.models.layers import Linear
 from rwkvpeft.objectives.base import Provided
+from rwkvpeft.objectives.head import plain_weight, rows_at_once
 from rwkvpeft.ops.token_logprobs import TokenLogprobs, token_logprobs
-from rwkvpeft.quantization.linear import QuantizedLinear
 
 
 def label_logprobs(
@@ -22,13 +21,8 @@ def label_logprobs(
         weights: (...), above 0 where the label is wanted.
         asked: temperature, collision and entropy of ``token_logprobs``.
     """
-    head = model.head
-    if isinstance(head, Linear):
-        head = head.weight
-    elif isinstance(head, QuantizedLinear):
-        # lives until the log-probabilities are there: the gradient of a frozen head is worked out with them
-        head = head.dequantized(hidden.dtype)
+    weight = plain_weight(model.head, hidden.dtype)
     return token_logprobs(
-        hidden, head, labels, weights=weights, compact=provided.compact, rows=provided.rows,
-        chunk_rows=provided.chunk_rows or (256 if hidden.device.type == "cpu" else 512), **asked,
+        hidden, model.head if weight is None else weight, labels, weights=weights, compact=provided.compact,
+        rows=provided.rows, chunk_rows=rows_at_once(provided.chunk_rows, hidden.device), **asked,
     )

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from rwkvpeft.config.groups import TrainConfig
 from rwkvpeft.data.batches import TokenBatch
-from rwkvpeft.models.layers import Linear
 from rwkvpeft.models.state import RecurrentState
 from rwkvpeft.objectives.base import Loss, Objective, Provided
+from rwkvpeft.objectives.head import plain_weight, rows_at_once
 from rwkvpeft.objectives.long_context import in_chunks
 from rwkvpeft.ops.cross_entropy import RowChoice, head_cross_entropy, linear_cross_entropy
 from rwkvpeft.ops.cross_entropy_torch import RowProgram
-from rwkvpeft.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,14 @@ class LanguageModelling:
             "logit_penalty": self.logit_penalty * share,
             "label_smoothing": self.label_smoothing,
             "compact": self.compact,
-            "chunk_rows": self.chunk_rows or (256 if hidden.device.type == "cpu" else 512),
+            "chunk_rows": rows_at_once(self.chunk_rows, hidden.device),
         }
         head, copies = model.head, None
         if getattr(model, "head_q", None) is not None:
             copies = model.copies(hidden, batch.input_ids, state, batch.sequences)
-        if isinstance(head, Linear | QuantizedLinear) and copies is None:
-            # a dequantised head lives until the loss is there: its gradients are worked out with it
-            weight = head.weight if isinstance(head, Linear) else head.dequantized(hidden.dtype)
+        # a dequantised head lives until the loss is there: its gradients are worked out with it
+        weight = plain_weight(head, hidden.dtype) if copies is None else None
+        if weight is not None:
             total = linear_cross_entropy(hidden, weight, batch.labels, batch.weights, rows=self.rows, **settings)
         else:
             beside = None if copies is None else copies.add

@@ -67,6 +67,17 @@ def test_what_cannot_be_is_refused_before_anything_is_written(scratch, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_do_not_go_on_from_a_state_in_a_model_with_head_qk(scratch, train, tmp_path):
+    assert scratch()[0] == 0
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Two?", "chosen": "Yes.", "rejected": "No."}\n')
+    words = ("--load_model", tmp_path / "out" / "rwkv-0.pth", "--proj_dir", tmp_path / "dpo", "--data_file", pairs)
+    code, _, errors = train(*words, "--peft", "lora", "--objective", "dpo")
+    assert code == 2
+    assert "--objective dpo is not possible with headQK" in errors
+    assert not (tmp_path / "dpo").exists()
+
+
 @pytest.mark.parametrize("flag", ["--pre_ffn", "--head_qk"])
 def test_what_is_typed_must_be_what_the_file_has(train, flag):
     code, _, errors = train(flag, "1")

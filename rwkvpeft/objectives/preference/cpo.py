@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from rwkvpeft.config.objective import ObjectiveConfig
-from rwkvpeft.objectives.preference.base import Pairwise
-from rwkvpeft.objectives.preference.margin import margin_losses
+from rwkvpeft.objectives.preference.margin import ByMargin, margin_losses
 from rwkvpeft.objectives.preference.scores import Scores
 
 
@@ -27,20 +25,10 @@ def cpo_losses(
 
 
 @dataclass(frozen=True)
-class Cpo(Pairwise):
-    """The chosen answer is to be likelier than the rejected one, and likely: ``sft_share`` is its cross entropy.
-
-    Args:
-        hinge: nothing is to be learned beyond a margin of 1.
-    """
+class Cpo(ByMargin):
+    """The chosen answer is to be likelier than the rejected one, and likely: ``sft_share`` is its cross entropy."""
 
     name: ClassVar[str] = "cpo"
-    hinge: bool = False
-
-    @classmethod
-    def settings(cls, config: ObjectiveConfig) -> dict[str, Any]:
-        """See ``Preference``."""
-        return {**super().settings(config), "hinge": config.dpo_loss == "hinge"}
 
     def losses(self, chosen: Tensor, rejected: Tensor, policy: Scores) -> Tensor:
         """See ``cpo_losses``."""

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rwkvpeft.config.objective import ObjectiveConfig
-from rwkvpeft.objectives.preference.base import Pairwise
-from rwkvpeft.objectives.preference.margin import margin_losses
+from rwkvpeft.objectives.preference.margin import ByMargin, margin_losses
 from rwkvpeft.objectives.preference.scores import Scores
 
 
@@ -28,22 +27,20 @@ def simpo_losses(
 
 
 @dataclass(frozen=True)
-class Simpo(Pairwise):
+class Simpo(ByMargin):
     """The chosen answer's tokens are to be likelier by a margin than the rejected one's, without a reference.
 
     Args:
         gamma: the margin.
-        hinge: nothing is to be learned beyond a margin of 1 more.
     """
 
     name: ClassVar[str] = "simpo"
     gamma: float = 1.0
-    hinge: bool = False
 
     @classmethod
     def settings(cls, config: ObjectiveConfig) -> dict[str, Any]:
         """See ``Preference``."""
-        return {**super().settings(config), "gamma": config.simpo_gamma, "hinge": config.dpo_loss == "hinge"}
+        return {**super().settings(config), "gamma": config.simpo_gamma}
 
     def losses(self, chosen: Tensor, rejected: Tensor, policy: Scores) -> Tensor:
         """See ``simpo_losses``."""
